@@ -1,0 +1,126 @@
+"""Element types, precisions, run options and every environment variable the package reads."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import DTypeError, OptionError
+
+GIB = 2**30
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class DType:
+    """An element type of the layer.
+
+    `carrier` is the NumPy type that moves its bytes on the host: NumPy has no bfloat16 of its own, so
+    bfloat16 travels as unsigned 16-bit integers.
+    """
+
+    name: str
+    carrier: np.dtype[Any]
+
+    @property
+    def itemsize(self) -> int:
+        return self.carrier.itemsize
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FLOAT64 = DType("float64", np.dtype("=f8"))
+FLOAT32 = DType("float32", np.dtype("=f4"))
+FLOAT16 = DType("float16", np.dtype("=f2"))
+BFLOAT16 = DType("bfloat16", np.dtype("=u2"))
+DTYPES = {dtype.name: dtype for dtype in (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)}
+_SHORT_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def parse_dtype(value: Any, what: str = "dtype") -> DType:
+    """The `DType` that a name ("float32", "bf16"), a NumPy dtype or a torch dtype stands for.
+
+    Raises:
+        DTypeError: not one of float64, float32, bfloat16, float16.
+    """
+    if isinstance(value, DType):
+        return value
+    name = value if isinstance(value, str) else str(value).removeprefix("torch.")
+    name = _SHORT_NAMES.get(name, name)
+    if name not in DTYPES:
+        try:
+            name = np.dtype(value).name
+        except TypeError:
+            pass
+    if name not in DTYPES:
+        raise DTypeError(
+            f"{what} is {value}, expected one of {', '.join(DTYPES)}; convert the data first, for example "
+            f"x.astype('float32') or x.to(torch.float32)"
+        )
+    return DTYPES[name]
+
+
+PRECISIONS = ("fp32", "ieee", "tf32")
+
+
+def parse_precision(value: str | None, dtype: DType) -> str:
+    """The precision a layer of `dtype` computes in: "fp32", "ieee" or "tf32" for float32 data, else the dtype's name.
+
+    Raises:
+        OptionError: unknown name, or a precision asked for data that isn't float32.
+    """
+    if value is None:
+        return "fp32" if dtype is FLOAT32 else dtype.name
+    if value == dtype.name and dtype is not FLOAT32:
+        return value
+    if value not in PRECISIONS:
+        raise OptionError(f"precision is {value!r}, expected one of {', '.join(map(repr, PRECISIONS))} or None")
+    if dtype is not FLOAT32:
+        raise OptionError(
+            f"precision={value!r} is for float32 data, the layer is {dtype}: leave precision out, {dtype} data has "
+            f"its own (float32 accumulation, one rounding at the end)"
+        )
+    return value
+
+
+def _environment_int(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise OptionError(f"environment variable {name} is {text!r}, expected a whole number of at least 1")
+    return value
+
+
+def cache_dir() -> Path:
+    """Where compiled kernels are kept: PIPELINE_CACHE_DIR, else `$XDG_CACHE_HOME/pipeline`, else `~/.cache/pipeline`."""
+    chosen = os.environ.get("PIPELINE_CACHE_DIR")
+    if chosen:
+        return Path(chosen)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "pipeline"
+
+
+def copy_workers() -> int:
+    """Threads that fill and drain pinned pieces: PIPELINE_COPY_WORKERS, else one fewer than the cores, 1 to 16."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return _environment_int("PIPELINE_COPY_WORKERS", min(16, max(1, cores - 1)))
+
+
+def piece_bytes() -> int:
+    """Bytes of one pinned piece: PIPELINE_PIECE_BYTES, else 8 MiB (small enough for the ring to stay in cache)."""
+    return _environment_int("PIPELINE_PIECE_BYTES", 8 * MIB)
+
+
+def ring_pieces() -> int:
+    """Pinned pieces in each direction: PIPELINE_RING_PIECES, else 6."""
+    return _environment_int("PIPELINE_RING_PIECES", 6)

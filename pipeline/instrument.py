@@ -1,0 +1,133 @@
+"""What happened and when: NVTX ranges for profilers, and the event record that every report is made from."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+STAGES = ("fill", "H2D", "kernel", "D2H", "drain")
+_COLORS = {"fill": 0x4477AA, "H2D": 0x66CCEE, "kernel": 0x228833, "D2H": 0xCCBB44, "drain": 0xEE6677}
+
+
+class Ranges:
+    """NVTX ranges in the domain "pipeline": one a stage and chunk, named after the stage, chunk number as payload.
+
+    Without a profiler attached `nvtx` hands out a dummy domain and every range is one shared object that does
+    nothing.
+    """
+
+    def __init__(self) -> None:
+        import nvtx
+
+        self._domain: Any = nvtx.get_domain("pipeline")
+        self.active = type(self._domain).__name__ != "DummyDomain"
+
+    def __call__(self, stage: str, chunk: int) -> _Range | _NoRange:
+        if not self.active:
+            return _NO_RANGE
+        return _Range(
+            self._domain,
+            self._domain.get_event_attributes(message=stage, color=_COLORS[stage], category=stage, payload=chunk),
+        )
+
+
+class _Range:
+    def __init__(self, domain: Any, attributes: Any) -> None:
+        self._domain, self._attributes = domain, attributes
+
+    def __enter__(self) -> None:
+        self._domain.push_range(self._attributes)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._domain.pop_range()
+
+
+class _NoRange:
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        pass
+
+
+_NO_RANGE = _NoRange()
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """One operation: seconds on the run's clock, bytes moved (0 for kernels)."""
+
+    stage: str
+    chunk: int
+    start_s: float
+    end_s: float
+    bytes: int
+
+
+@dataclass(slots=True)
+class StageTotals:
+    """Running totals of one stage on one device. `busy_s` counts overlapping operations once."""
+
+    count: int = 0
+    bytes: int = 0
+    busy_s: float = 0.0
+    _busy_until_s: float = float("-inf")
+
+    def add(self, interval: Interval) -> None:
+        self.count += 1
+        self.bytes += interval.bytes
+        self.busy_s += max(0.0, interval.end_s - max(interval.start_s, self._busy_until_s))
+        self._busy_until_s = max(self._busy_until_s, interval.end_s)
+
+
+class Recorder:
+    """The event record of one device in one run.
+
+    Totals cover the whole run; single operations are kept for the latest `keep` of them, so that memory stays flat
+    however long a run is. Only the thread that owns the device adds to it, each stage's operations in the order in
+    which they started.
+    """
+
+    def __init__(self, device: str, keep: int = 50_000) -> None:
+        self.device = device
+        self.totals = {stage: StageTotals() for stage in STAGES}
+        self.intervals: deque[Interval] = deque(maxlen=keep)
+
+    def add(self, stage: str, chunk: int, start_s: float, end_s: float, n_bytes: int = 0) -> None:
+        interval = Interval(stage, chunk, start_s, end_s, n_bytes)
+        self.totals[stage].add(interval)
+        self.intervals.append(interval)
+
+    def hidden_share(self, stage: str, behind: Iterable[str]) -> float | None:
+        """The share of `stage`'s busy time during which any stage of `behind` was busy; None if it was never busy."""
+        cover = set(behind)
+        ours = merged([(i.start_s, i.end_s) for i in self.intervals if i.stage == stage])
+        theirs = merged([(i.start_s, i.end_s) for i in self.intervals if i.stage in cover])
+        busy = sum(end - start for start, end in ours)
+        return overlap_s(ours, theirs) / busy if busy > 0 else None
+
+
+def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The union of time spans, sorted and without overlaps."""
+    union: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if union and start <= union[-1][1]:
+            union[-1] = (union[-1][0], max(end, union[-1][1]))
+        else:
+            union.append((start, end))
+    return union
+
+
+def overlap_s(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
+    """Seconds that two merged span lists have in common."""
+    total, i, j = 0.0, 0, 0
+    while i < len(a) and j < len(b):
+        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return total
