@@ -1,0 +1,250 @@
+"""Launches the fused linear kernels: the host twin of `FusedLinearArgs`, loaded cubins and the driver calls.
+
+Everything here is asynchronous: a launch returns once the driver has queued it. Memory belongs to the caller, who
+keeps it alive until the stream has passed the launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pipeline.errors import DeviceNotFoundError, DriverError, ShapeError
+from pipeline.kernels.compile import compile_variant
+from pipeline.kernels.select import Problem, Variant, alignment, architecture, select
+
+_MAX_STRIDE_BYTES = 2**32 - 1
+_MAX_ROW_BYTES = 2**31 - 2**12
+_MAX_ROWS = 2**31 - 2**12
+_MAX_BLOCKS = 2**31 - 1
+
+
+class FusedLinearArgs(ctypes.Structure):
+    """The one kernel argument; the same fields as in csrc/fused_linear.cuh."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("w", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("y", ctypes.c_void_p),
+        ("y_stride", ctypes.c_longlong),
+        ("x_stride_bytes", ctypes.c_uint),
+        ("w_stride_bytes", ctypes.c_uint),
+        ("rows", ctypes.c_int),
+        ("in_features", ctypes.c_int),
+        ("out_features", ctypes.c_int),
+        ("scaling_factor", ctypes.c_float),
+    )
+
+
+@dataclass(frozen=True)
+class LoadedKernel:
+    """A variant's entry on one device."""
+
+    variant: Variant
+    function: Any  # CUfunction
+    registers: int
+
+
+class Launcher:
+    """Compiles, loads and launches kernels on one device. One per device and process; all methods are thread-safe."""
+
+    arch: str
+    name: str
+    multiprocessors: int
+
+    _launchers: ClassVar[dict[int, Launcher]] = {}
+    _launchers_lock: ClassVar[threading.Lock] = threading.Lock()
+
+    @classmethod
+    def for_device(cls, ordinal: int) -> Launcher:
+        """The launcher of CUDA device `ordinal`; also makes its primary context current in the calling thread.
+
+        Raises:
+            DeviceNotFoundError: no driver, or no such device.
+            DeviceError: a GPU the kernels don't run on.
+        """
+        with cls._launchers_lock:
+            if ordinal not in cls._launchers:
+                cls._launchers[ordinal] = cls(ordinal)
+            launcher = cls._launchers[ordinal]
+        launcher._call("cuCtxSetCurrent", launcher._context)
+        return launcher
+
+    def __init__(self, ordinal: int) -> None:
+        self._driver = _driver()
+        device_count = self._call("cuDeviceGetCount")
+        if not 0 <= ordinal < device_count:
+            raise DeviceNotFoundError(
+                f"device is cuda:{ordinal}, this machine shows {device_count} (see CUDA_VISIBLE_DEVICES and nvidia-smi)"
+            )
+        device = self._call("cuDeviceGet", ordinal)
+        attributes = self._driver.CUdevice_attribute
+        major = self._call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+        minor = self._call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+        self.name = self._call("cuDeviceGetName", 256, device).split(b"\0")[0].decode()
+        self.arch = architecture(major, minor, self.name)
+        self.multiprocessors = self._call(
+            "cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device
+        )
+        self._context = self._call("cuDevicePrimaryCtxRetain", device)
+        self._kernels: dict[Variant, LoadedKernel] = {}
+        self._lock = threading.Lock()
+        self._plan = functools.lru_cache(maxsize=1024)(self._make_plan)
+
+    def prepare(self, problem: Problem, rows: int, x_stride: int | None = None, w_stride: int | None = None) -> str:
+        """Compiles and loads now what `launch` would need for 16-byte aligned addresses; blocks about a second.
+
+        Strides are in elements; None means contiguous rows. Returns the kernel's description, for reports.
+
+        Raises:
+            CompileError: with the compiler's log.
+            DTypeError, OptionError: no kernel for the problem.
+        """
+        itemsize = problem.in_dtype.itemsize
+        strides = (problem.in_features if stride is None else stride for stride in (x_stride, w_stride))
+        kernel, _ = self._plan(problem, max(rows, 1), alignment(16, *(stride * itemsize for stride in strides)))
+        return kernel.variant.description
+
+    def launch(
+        self,
+        stream: int,
+        problem: Problem,
+        *,
+        rows: int,
+        x: int,
+        x_stride: int,
+        w: int,
+        w_stride: int,
+        bias: int,
+        y: int,
+        y_stride: int,
+        scaling_factor: float,
+    ) -> None:
+        """Queues y = epilogue(x w^T + bias) on `stream` (a raw CUstream) and returns without waiting for it.
+
+        Pointers are device addresses, strides count elements, `bias` 0 means none; the bias is of the data's type.
+        x, w and y must not overlap. Nothing is queued for 0 rows or 0 output features.
+
+        Raises:
+            ShapeError: a size or stride beyond the kernels' index range.
+            DriverError: the launch failed.
+        """
+        if rows == 0 or problem.out_features == 0:
+            return
+        itemsize = problem.in_dtype.itemsize
+        x_stride_bytes = x_stride * itemsize if rows > 1 else 0
+        w_stride_bytes = w_stride * itemsize if problem.out_features > 1 else 0
+        _check_range("row stride of x, bytes,", x_stride_bytes, _MAX_STRIDE_BYTES)
+        _check_range("row stride of w, bytes,", w_stride_bytes, _MAX_STRIDE_BYTES)
+        kernel, blocks = self._plan(problem, rows, alignment(16, x, w, x_stride_bytes, w_stride_bytes))
+        args = FusedLinearArgs(
+            x, w, bias, y, y_stride, x_stride_bytes, w_stride_bytes,
+            rows, problem.in_features, problem.out_features, scaling_factor,
+        )  # fmt: skip
+        self._launch(kernel, blocks, stream, args)
+
+    def load(self, variant: Variant) -> LoadedKernel:
+        """`variant` on this device, compiled and loaded at the first call.
+
+        Raises:
+            CompileError: with the compiler's log.
+            DriverError: the driver refused the code.
+        """
+        with self._lock:
+            if variant not in self._kernels:
+                compiled = compile_variant(variant, self.arch)
+                with self._current_context():
+                    module = self._call("cuModuleLoadData", compiled.cubin)
+                    function = self._call("cuModuleGetFunction", module, variant.kernel.encode())
+                    attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    self._call("cuFuncSetAttribute", function, attribute, variant.shared_bytes)
+                self._kernels[variant] = LoadedKernel(variant, function, compiled.report.registers)
+            return self._kernels[variant]
+
+    def _make_plan(self, problem: Problem, rows: int, load_bytes: int) -> tuple[LoadedKernel, int]:
+        """The kernel and the grid for a launch; `launch` remembers the last thousand."""
+        _check_range("rows", rows, _MAX_ROWS)
+        _check_range("in_features, bytes,", problem.in_features * problem.in_dtype.itemsize, _MAX_ROW_BYTES)
+        _check_range("out_features", problem.out_features, _MAX_ROWS)
+        variant = select(self.arch, problem, rows, load_bytes, multiprocessors=self.multiprocessors)
+        blocks = variant.blocks(rows, problem.out_features)
+        _check_range("tiles of the output", blocks, _MAX_BLOCKS)
+        return self.load(variant), blocks
+
+    def _launch(self, kernel: LoadedKernel, blocks: int, stream: int, args: FusedLinearArgs) -> None:
+        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))  # the driver copies the argument before returning
+        variant = kernel.variant
+        with self._current_context():
+            self._call(
+                "cuLaunchKernel",
+                kernel.function,
+                *(blocks, 1, 1),
+                *(variant.threads, 1, 1),
+                variant.shared_bytes,
+                stream,
+                ctypes.addressof(parameters),
+                0,
+            )
+
+    @contextmanager
+    def _current_context(self) -> Iterator[None]:
+        """The device's context, current in the calling thread; whatever was current comes back at the end."""
+        if int(self._call("cuCtxGetCurrent")) == int(self._context):
+            yield
+            return
+        self._call("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            self._call("cuCtxPopCurrent")
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """Calls a driver function and returns its result.
+
+        Raises:
+            DriverError: names the call and the error.
+        """
+        code, *results = getattr(self._driver, name)(*arguments)
+        if code != 0:
+            label = _error_text(self._driver, self._driver.cuGetErrorName, code)
+            reason = _error_text(self._driver, self._driver.cuGetErrorString, code)
+            raise DriverError(f"{name} failed: {label} ({reason})", label)
+        return results[0] if results else None
+
+
+def _error_text(driver: Any, lookup: Any, code: Any) -> str:
+    status, text = lookup(code)
+    return text.decode() if status == 0 and text else str(code)
+
+
+@functools.cache
+def _driver() -> Any:
+    """The initialised driver API.
+
+    Raises:
+        DeviceNotFoundError: no cuda-bindings, no driver or no GPU.
+    """
+    try:
+        from cuda.bindings import driver
+
+        (code,) = driver.cuInit(0)
+    except (ImportError, RuntimeError) as error:  # bindings raise RuntimeError where libcuda is missing
+        raise DeviceNotFoundError(
+            f"the CUDA driver can't be loaded: {error}; install an NVIDIA driver and cuda-bindings, or use "
+            f"devices='cpu'"
+        ) from error
+    if code != 0:
+        label = _error_text(driver, driver.cuGetErrorName, code)
+        raise DeviceNotFoundError(f"cuInit failed: {label}; check nvidia-smi, or use devices='cpu'")
+    return driver
+
+
+def _check_range(what: str, value: int, largest: int) -> None:
+    if not 0 <= value <= largest:
+        raise ShapeError(f"{what} is {value}, kernels take 0 to {largest}; split the data or make it contiguous")

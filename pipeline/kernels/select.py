@@ -1,0 +1,223 @@
+"""Which kernel and which tile compute a problem on an architecture. Pure Python: no CUDA library, no GPU.
+
+Two kernels cover every shape: `fused_linear_sm80` (tensor cores: bf16, fp16, tf32) and `fused_linear_simt` (exact
+fp32). A `Variant` is one instantiation of a kernel's template. The variants of one problem differ in speed only:
+an output's bits are the same whatever the tile and the load width, hence whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+from pipeline.config import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, DType
+from pipeline.errors import DeviceError, DTypeError, OptionError
+
+# Shared memory one block may use, bytes (CUDA C++ Programming Guide, table of technical specifications).
+_SHARED_BYTES = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90a": 227 * 1024,
+    "sm_100a": 227 * 1024,
+    "sm_120a": 99 * 1024,
+}
+ARCHITECTURES = tuple(_SHARED_BYTES)
+_CAPABILITIES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90a", (10, 0): "sm_100a"}
+_CAPABILITIES[12, 0] = "sm_120a"
+_CXX_TYPES = {FLOAT32: "float", FLOAT16: "__half", BFLOAT16: "__nv_bfloat16"}
+_ROW_BYTES = 128  # one k-tile's row in shared memory
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is computed: element types, precision ("ieee", "fp32", "tf32" or the dtype's name) and the layer's size."""
+
+    in_dtype: DType
+    out_dtype: DType
+    precision: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A tile of y. `rate` is its speed on a full GPU against the kernel's best tile, all multiprocessors busy."""
+
+    block_m: int
+    block_n: int
+    threads_m: int  # warps along M (tensor cores) or threads along M (SIMT)
+    threads_n: int
+    stages: int
+    min_blocks: int  # blocks a multiprocessor must hold at once; bounds the registers
+    rate: float
+    any_alignment: bool  # also instantiated for loads narrower than 16 bytes, which take more registers
+
+
+_TENSOR_TILES = (
+    _Tile(128, 256, 2, 4, 4, 1, 1.0, any_alignment=False),
+    _Tile(128, 256, 2, 4, 3, 1, 0.95, any_alignment=False),
+    _Tile(128, 128, 2, 4, 4, 1, 0.8, any_alignment=True),
+    _Tile(128, 128, 2, 4, 3, 1, 0.75, any_alignment=True),
+    _Tile(64, 64, 2, 2, 4, 2, 0.5, any_alignment=True),
+)
+_SIMT_TILES = (
+    _Tile(128, 128, 16, 16, 2, 1, 1.0, any_alignment=True),
+    _Tile(32, 64, 8, 16, 4, 2, 0.5, any_alignment=True),
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One instantiation of a kernel, and what launching it takes."""
+
+    kernel: str  # csrc/<kernel>.cu; also the entry's name
+    template: str  # the C++ type whose run() is the kernel
+    description: str  # for reports, for example "fused_linear_sm80<bfloat16, 128x256x64, 4 stages>"
+    block_m: int
+    block_n: int
+    threads: int
+    min_blocks: int
+    shared_bytes: int
+    rate: float
+
+    @property
+    def source(self) -> str:
+        """The translation unit to compile: the kernel's file and an entry with a plain name."""
+        return (
+            f'#include "{self.kernel}.cu"\n'
+            f"using Kernel = {self.template};\n"
+            f'static_assert(Kernel::kNumThreads == {self.threads}, "host twin");\n'
+            f'static_assert(Kernel::kSharedBytes == {self.shared_bytes}, "host twin");\n'
+            f'extern "C" __global__ void __launch_bounds__(Kernel::kNumThreads, {self.min_blocks})\n'
+            f"{self.kernel}(const __grid_constant__ FusedLinearArgs args) {{ Kernel::run(args); }}\n"
+        )
+
+    def blocks(self, rows: int, out_features: int) -> int:
+        """Blocks of the one-dimensional grid."""
+        return ceil(rows / self.block_m) * ceil(out_features / self.block_n)
+
+    def cost(self, rows: int, out_features: int, multiprocessors: int) -> float:
+        """Time on a GPU, in arbitrary units: the tiles of the busiest multiprocessor, at this tile's speed."""
+        waves = ceil(self.blocks(rows, out_features) / multiprocessors)
+        return waves * self.block_m * self.block_n / self.rate
+
+
+def architecture(major: int, minor: int, name: str = "this GPU") -> str:
+    """The architecture to compile for, from a device's compute capability.
+
+    Raises:
+        DeviceError: none of the kernels runs there.
+    """
+    try:
+        return _CAPABILITIES[major, minor]
+    except KeyError:
+        known = ", ".join(f"{a}.{b}" for a, b in _CAPABILITIES)
+        raise DeviceError(
+            f"{name} has compute capability {major}.{minor}, kernels exist for {known}; use devices='cpu'"
+        ) from None
+
+
+def runs_as(problem: Problem) -> str:
+    """The precision that really runs: "ieee", "tf32", "bfloat16" or "float16".
+
+    Raises:
+        DTypeError: float64 data, or an output type without a kernel.
+        OptionError: a precision that the data's type doesn't have.
+    """
+    for what, dtype in (("data", problem.in_dtype), ("output", problem.out_dtype)):
+        if dtype is FLOAT64 or dtype not in _CXX_TYPES:
+            raise DTypeError(
+                f"{what} is {dtype}, GPU kernels take float32, bfloat16 and float16; convert it, or use devices='cpu'"
+            )
+    allowed = ("ieee", "fp32", "tf32") if problem.in_dtype is FLOAT32 else (problem.in_dtype.name,)
+    if problem.precision not in allowed:
+        raise OptionError(
+            f"precision is {problem.precision!r}, expected one of {', '.join(map(repr, allowed))} for "
+            f"{problem.in_dtype} data"
+        )
+    return "ieee" if problem.precision == "fp32" else problem.precision
+
+
+def alignment(*byte_counts: int) -> int:
+    """The widest load, 16, 4, 2 or 1 bytes, that divides every address and row stride given in bytes."""
+    combined = 0
+    for count in byte_counts:
+        combined |= count
+    return next(width for width in (16, 4, 2, 1) if combined % width == 0)
+
+
+def _variant(problem: Problem, tile: _Tile, load_bytes: int) -> Variant:
+    """The host twin of FusedLinearSm80 and FusedLinearSimt: their template arguments and constants."""
+    out = _CXX_TYPES[problem.out_dtype]
+    numbers = f"{tile.block_m}, {tile.block_n}, {tile.threads_m}, {tile.threads_n}, {tile.stages}, {load_bytes}"
+    block_k = _ROW_BYTES // problem.in_dtype.itemsize
+    precision = runs_as(problem)
+    if precision == "ieee":
+        kernel = "fused_linear_simt"
+        template = f"FusedLinearSimt<{out}, epilogue::SigmoidScaleResidual, {numbers}>"
+        threads = tile.threads_m * tile.threads_n
+        row_bytes = _ROW_BYTES + 16
+    else:
+        kernel = "fused_linear_sm80"
+        in_type = _CXX_TYPES[problem.in_dtype]
+        template = f"FusedLinearSm80<{in_type}, {out}, epilogue::FastSigmoidScaleResidual, {numbers}>"
+        threads = tile.threads_m * tile.threads_n * 32
+        row_bytes = _ROW_BYTES
+    loads = "" if load_bytes == 16 else f", {load_bytes}-byte loads"
+    to = "" if problem.out_dtype is problem.in_dtype else f" to {problem.out_dtype}"
+    return Variant(
+        kernel=kernel,
+        template=template,
+        description=f"{kernel}<{precision}{to}, {tile.block_m}x{tile.block_n}x{block_k}, {tile.stages} stages{loads}>",
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        threads=threads,
+        min_blocks=tile.min_blocks,
+        shared_bytes=tile.stages * (tile.block_m + tile.block_n) * row_bytes,
+        rate=tile.rate,
+    )
+
+
+def candidates(arch: str, problem: Problem, load_bytes: int) -> list[Variant]:
+    """Every variant that can compute `problem` on `arch` with loads of `load_bytes` (16, 4 or 2), fastest tile first.
+
+    Raises:
+        DeviceError: unknown architecture.
+        DTypeError, OptionError: as `runs_as`, or data not aligned to its own elements.
+    """
+    if arch not in _SHARED_BYTES:
+        raise DeviceError(f"architecture is {arch!r}, kernels exist for {', '.join(ARCHITECTURES)}; use devices='cpu'")
+    tiles = _SIMT_TILES if runs_as(problem) == "ieee" else _TENSOR_TILES
+    if load_bytes < problem.in_dtype.itemsize:
+        raise DTypeError(
+            f"data is aligned to {load_bytes} byte, {problem.in_dtype} needs {problem.in_dtype.itemsize}; copy it to "
+            f"an aligned array first"
+        )
+    found: dict[tuple[int, int], Variant] = {}
+    for tile in tiles:
+        variant = _variant(problem, tile, load_bytes)
+        if variant.shared_bytes <= _SHARED_BYTES[arch] and (tile.any_alignment or load_bytes == 16):
+            found.setdefault((tile.block_m, tile.block_n), variant)  # of one tile's stage counts, the first that fits
+    return list(found.values())
+
+
+def select(arch: str, problem: Problem, rows: int, alignment: int, *, multiprocessors: int = 132) -> Variant:
+    """The variant that should compute `rows` rows fastest, given the operands' `alignment` (see `alignment`).
+
+    Raises:
+        DeviceError, DTypeError, OptionError: as `candidates`.
+    """
+    variants = candidates(arch, problem, alignment)
+    return min(variants, key=lambda v: v.cost(rows, problem.out_features, multiprocessors))
+
+
+def all_variants(arch: str, *, every_output: bool = False) -> Iterator[Variant]:
+    """Every variant `select` can return for `arch`; outputs of the input's type only, unless `every_output`."""
+    for precision, in_dtype in (("bfloat16", BFLOAT16), ("float16", FLOAT16), ("tf32", FLOAT32), ("ieee", FLOAT32)):
+        for out_dtype in DTYPES.values():
+            if out_dtype is in_dtype or (every_output and out_dtype is not FLOAT64):
+                problem = Problem(in_dtype, out_dtype, precision, 8192, 8192)
+                for load_bytes in (16, 4, 2)[: 3 if in_dtype.itemsize == 2 else 2]:
+                    yield from candidates(arch, problem, load_bytes)
