@@ -1,0 +1,49 @@
+"""Checks an installed wheel: the CUDA sources are inside it, a kernel compiles, a job runs and is right."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import pipeline
+from pipeline.config import FLOAT32
+from pipeline.kernels.compile import compile_variant, csrc_dir
+from pipeline.kernels.select import Problem, select
+
+
+def check_sources() -> str:
+    folder, package = csrc_dir(), Path(pipeline.__file__).resolve().parent
+    if Path(sys.prefix).resolve() not in package.parents:
+        raise SystemExit(f"error: pipeline was imported from {package}, expected the wheel in {sys.prefix}")
+    if folder != package / "csrc":
+        raise SystemExit(f"error: the CUDA sources were found in {folder}, expected them in the wheel")
+    return f"{len(list(folder.glob('*.cu')))} kernel files in the wheel"
+
+
+def check_compile() -> str:
+    variant = select("sm_90a", Problem(FLOAT32, FLOAT32, "tf32", 512, 256), 1024, 16)
+    compiled = compile_variant(variant, "sm_90a")
+    return f"{variant.description} compiles: {len(compiled.cubin)} bytes, {compiled.report.registers} registers"
+
+
+def check_job() -> str:
+    random = np.random.default_rng()
+    weight, bias = random.standard_normal((96, 64), np.float32), random.standard_normal(96, np.float32)
+    layer = pipeline.FusedLinear(weight, bias, scaling_factor=2.0)
+    x = random.standard_normal((3000, 64), np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        source, out = Path(folder, "x.npy"), Path(folder, "y.npy")
+        np.save(source, x)
+        pipeline.run_pipelined(layer, source, out, chunk_rows=512)
+        difference = float(np.abs(np.load(out) - layer.reference(x)).max())
+    if not difference < 1e-3:
+        raise SystemExit(f"error: the job's result is {difference} away from the reference")
+    return f"a job from file to file is right (largest difference {difference:.1e})"
+
+
+if __name__ == "__main__":
+    for check in (check_sources, check_compile, check_job):
+        print(f"wheel: {check()}")
