@@ -50,8 +50,9 @@ template <int BLOCK_M, int BLOCK_N, int kGroupBlocks = 8>
 __device__ __forceinline__ void tile_origin(const FusedLinearArgs& args, int& m0, int& n0) {
   const unsigned m_blocks = (static_cast<unsigned>(args.rows) + BLOCK_M - 1) / BLOCK_M;
   const unsigned n_blocks = (static_cast<unsigned>(args.out_features) + BLOCK_N - 1) / BLOCK_N;
-  const unsigned group = blockIdx.x / (kGroupBlocks * n_blocks);
-  const unsigned in_group = blockIdx.x - group * (kGroupBlocks * n_blocks);
+  const unsigned tile = blockIdx.x;
+  const unsigned group = tile / (kGroupBlocks * n_blocks);
+  const unsigned in_group = tile - group * (kGroupBlocks * n_blocks);
   const unsigned group_m = min(static_cast<unsigned>(kGroupBlocks), m_blocks - group * kGroupBlocks);
   m0 = static_cast<int>((group * kGroupBlocks + in_group % group_m) * BLOCK_M);
   n0 = static_cast<int>((in_group / group_m) * BLOCK_N);

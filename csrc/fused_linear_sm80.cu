@@ -147,6 +147,8 @@ struct FusedLinearSm80 {
       x += kRowBytes;
       w += kRowBytes;
       bytes_left -= kRowBytes;
+      // NOTE: hides from the compiler that rows don't change. It would keep each copy's row in a register and spill.
+      asm volatile("" : "+r"(x_row), "+r"(w_row));
     }
   };
 
