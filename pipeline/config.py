@@ -102,7 +102,7 @@ def _environment_int(name: str, default: int) -> int:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: PIPELINE_CACHE_DIR, else `$XDG_CACHE_HOME/pipeline`, else `~/.cache/pipeline`."""
+    """Where compiled kernels are kept: PIPELINE_CACHE_DIR, else `pipeline` in $XDG_CACHE_HOME or `~/.cache`."""
     chosen = os.environ.get("PIPELINE_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -124,3 +124,8 @@ def piece_bytes() -> int:
 def ring_pieces() -> int:
     """Pinned pieces in each direction: PIPELINE_RING_PIECES, else 6."""
     return _environment_int("PIPELINE_RING_PIECES", 6)
+
+
+def debug() -> bool:
+    """Whether PIPELINE_DEBUG is set: buffers are overwritten with NaN between uses."""
+    return bool(os.environ.get("PIPELINE_DEBUG"))

@@ -26,8 +26,9 @@ HostArray = npt.NDArray[Any]
 
 # Rows are computed on the CPU at their place on this grid, with zero rows filling up both ends, so that a row's bits
 # don't depend on the rows beside it. BLAS libraries change them with the row count: MKL's float32 product in tiles
-# that aren't full (multiples of 4), its float64 product with up to 48 rows and 32 columns, where it splits the sum.
+# that aren't full (multiples of 4), its float64 product where it splits the sum (up to 64 rows and 32 columns).
 CPU_ROW_GRID = 64
+_CPU_MIN_FEATURES = 64  # narrower weights get zero output features, for the same reason
 _CPU_BLOCK_ROWS = 512  # rows of one matrix product on the CPU: bounds the memory of the float32 intermediate
 
 
@@ -160,8 +161,11 @@ class HostWeights:
         import torch
 
         self.compute_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self.transposed = weight.detach().to(self.compute_dtype).t()
-        self.bias = None if bias is None else bias.detach().to(self.compute_dtype)
+        self.out_features = weight.shape[0]
+        narrow = max(0, _CPU_MIN_FEATURES - self.out_features)
+        pad = torch.nn.functional.pad
+        self.transposed = pad(weight.detach().to(self.compute_dtype), (0, 0, 0, narrow)).t()
+        self.bias = None if bias is None else pad(bias.detach().to(self.compute_dtype), (0, narrow))
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, scaling_factor: float, first_row: int = 0) -> None:
         """out[:] = layer(x), rounded once. `first_row` is the row's number in its dataset (see CPU_ROW_GRID).
@@ -184,7 +188,7 @@ class HostWeights:
                 z = block @ self.transposed
             else:
                 z = torch.addmm(self.bias, block, self.transposed)
-            z = z[first - start : stop - start]
+            z = z[first - start : stop - start, : self.out_features]
             out[first:stop] = torch.from_numpy(sigmoid_scale_add(z.numpy(), scaling_factor))
 
 
@@ -374,7 +378,9 @@ def check_out(shape: tuple[int, ...], expected: tuple[int, int]) -> None:
     ShapeError: an output's shape isn't the expected one.
     """
     if tuple(shape) != expected:
-        raise ShapeError(f"out has shape {tuple(shape)}, expected {expected}: one row a source row, (rows, out_features)")
+        raise ShapeError(
+            f"out has shape {tuple(shape)}, expected {expected}: one row a source row, (rows, out_features)"
+        )
 
 
 def check_gpu_out(x: torch.Tensor, out: Any, out_features: int) -> None:

@@ -1,0 +1,404 @@
+"""`Pipeline` and `run_pipelined`: pick devices, open source and sink, run the executors, report."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import FLOAT64, GIB, MIB, DType, copy_workers, parse_dtype
+from pipeline.devices.base import Device, Workers, find_devices, open_device
+from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError
+from pipeline.executor import Executor
+from pipeline.instrument import Recorder
+from pipeline.io.sinks import BatchSink, Sink, open_sink, wrapper
+from pipeline.io.sources import BatchSource, Chunk, Source, open_source
+from pipeline.io.staging import ThreadWorkers
+from pipeline.layer import FusedLinear, HostArray
+from pipeline.report import Stats, bound, hidden_share, stage_stats
+
+_CHUNK_BYTES = 32 * MIB  # of the wider of a chunk's two sides
+_DEFAULT_STREAMS = 4  # a chunk each in H2D, kernel, D2H, and one being filled or drained
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come; `rows_total` is None where only the end of the source will tell."""
+
+    rows_done: int
+    rows_total: int | None
+    elapsed_s: float
+
+    @property
+    def rows_per_s(self) -> float:
+        return self.rows_done / self.elapsed_s if self.elapsed_s > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives back: the output, wherever it went, and the figures."""
+
+    out: Any
+    stats: Stats
+
+
+@dataclass
+class _Lane:
+    """One opened device with its executor."""
+
+    device: Device
+    executor: Executor
+    workers: Workers
+
+
+class Pipeline:
+    """Streams datasets through one layer, with devices, weights, kernels and pinned rings kept warm between runs.
+
+        with Pipeline(layer) as pipeline:
+            result = pipeline.run(x)
+
+    Args:
+        layer: the fused layer.
+        chunk_rows: rows of one kernel launch, or "auto" (the wider side of a chunk is about 32 MiB).
+        num_streams: chunks in flight on a device, each on its own stream, or "auto" (4).
+        devices: None (every visible GPU, or the CPU where there is none), a name ("cpu", "cuda", "cuda:1", "sim") or
+            a list of names that share the work.
+        out_dtype: element type of results: "float32", "bfloat16", "float16", on the CPU "float64"; None keeps the
+            source's. The rounding happens once, in the kernel.
+
+    Raises:
+        OptionError, DTypeError, DeviceNotFoundError: at once.
+        DeviceMemoryError, CompileError: at once, before any data is touched.
+
+    Use one Pipeline from one thread at a time, and close it (the `with` statement does): pinned and device memory
+    are held until then.
+    """
+
+    def __init__(
+        self,
+        layer: FusedLinear,
+        *,
+        chunk_rows: int | str = "auto",
+        num_streams: int | str = "auto",
+        devices: str | list[str] | tuple[str, ...] | None = None,
+        out_dtype: Any = None,
+    ) -> None:
+        if not isinstance(layer, FusedLinear):
+            raise OptionError(
+                f"layer is a {type(layer).__name__}, expected a FusedLinear; FusedLinear.from_linear helps"
+            )
+        self.layer = layer
+        self.out_dtype: DType | None = None if out_dtype is None else parse_dtype(out_dtype, "out_dtype")
+        self.chunk_rows_wanted = _whole_number(chunk_rows, "chunk_rows")
+        self.num_streams = _whole_number(num_streams, "num_streams") or _DEFAULT_STREAMS
+        self.device_names = find_devices(devices)
+        for dtype in (layer.dtype, self.out_dtype):
+            if dtype is FLOAT64 and any(name.startswith("cuda") for name in self.device_names):
+                raise DTypeError("float64 is computed on the CPU only; pass devices='cpu', or convert to float32")
+        self.chunk_rows = self.chunk_rows_wanted or _auto_chunk_rows(layer, self.out_dtype or layer.dtype)
+        self._lanes: list[_Lane] = []
+        self._gather: list[HostArray] = []  # pinned chunk buffers for iterables, kept between runs
+        self._busy = threading.Lock()
+        self._closed = False
+        try:
+            for name in self.device_names:
+                self._lanes.append(self._open(open_device(name)))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, device: Device) -> _Lane:
+        layer, dtype = self.layer, self.out_dtype or self.layer.dtype
+        try:
+            device.prepare(layer, dtype, self.chunk_rows)
+            _check_memory(device, layer, dtype, self.chunk_rows, self.num_streams)
+            device.allocate(self.chunk_rows, self.num_streams)
+            workers = device.workers() or ThreadWorkers(copy_workers())
+        except BaseException:
+            device.close()
+            raise
+        return _Lane(device, Executor(device, workers, layer, dtype, self.num_streams), workers)
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker threads and free pinned and device memory. Safe to call twice."""
+        self._closed = True
+        for lane in self._lanes:
+            lane.workers.close()
+            lane.device.close()
+        self._lanes = []
+        self._gather = []
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        source: Any,
+        out: Any = None,
+        *,
+        overwrite: bool = False,
+        progress: Callable[[Progress], None] | None = None,
+    ) -> Result:
+        """Stream one dataset through the layer. Blocks until the result is complete.
+
+        Args:
+            source: (rows, in_features) of the layer's element type: a NumPy array or memmap of any strides and byte
+                order, a torch CPU tensor (pinned memory is used in place), a CUDA tensor, the path of a .npy file, or
+                an iterable of batches with any number of rows each.
+            out: None (a new array or tensor of the source's kind comes back), an array or tensor
+                (rows, out_features), or the path of a .npy file to write. A file appears under its name only when
+                it is complete.
+            overwrite: replace an existing output file.
+            progress: called with a `Progress` after each chunk, from the thread that runs its device.
+
+        Returns:
+            A `Result` with `out` and `stats`.
+
+        Raises:
+            InputError, OutputError: source or out can't be used; nothing has been written.
+            DeviceError: a device failed.
+            Exception: what the source or the sink raised, with a note that names the chunk and the stage.
+        """
+        with self._exclusive():
+            opened = open_source(source, self.layer)
+            try:
+                sink, _ = open_sink(out, opened, self.layer, self.out_dtype, overwrite)
+                try:
+                    rows, seconds, recorders = self._run(opened, sink, progress, threading.Event())
+                    value = sink.finish(rows)
+                except BaseException:
+                    sink.abort()
+                    raise
+            finally:
+                opened.close()
+            return Result(value, self._stats(opened, rows, seconds, recorders))
+
+    def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The layer's results of an iterable of batches, batch by batch and in order.
+
+        Each result is a new array or tensor of the batches' kind with the batch's number of rows. A chunk never spans
+        two batches, so a result comes as soon as its batch is done; batches of some hundred rows or more use a GPU
+        well. At most a few batches are read ahead of the consumer. Closing the iterator early ends the run.
+
+        Raises:
+            InputError: a batch doesn't fit the layer. Exception: what the iterable raised.
+        """
+        with self._exclusive():
+            sink = BatchSink(self.layer.out_features, self.out_dtype or self.layer.dtype, 2 * self.num_streams)
+            source = open_source(batches, self.layer, sink.new_batch)
+            if not isinstance(source, BatchSource):
+                source.close()
+                raise OptionError(f"stream() takes an iterable of batches, got one {source.kind}; use run() for it")
+            wrap = wrapper(source, self.out_dtype or self.layer.dtype)
+            stopping = threading.Event()
+
+            def run() -> None:
+                try:
+                    self._run(source, sink, None, stopping)
+                    sink.end()
+                except BaseException as error:  # raised again by results()
+                    sink.end(error)
+
+            thread = threading.Thread(target=run, name="pipeline-stream")
+            thread.start()
+            try:
+                for array in sink.results():
+                    yield wrap(array)
+            finally:
+                stopping.set()
+                sink.end()
+                thread.join()
+
+    def _exclusive(self) -> _Exclusive:
+        if self._closed:
+            raise PipelineError("this Pipeline is closed; make a new one")
+        return _Exclusive(self._busy)
+
+    def _lanes_for(self, source: Source) -> list[_Lane]:
+        """The devices that take part: a CUDA tensor is computed where it is."""
+        if source.family != "cuda":
+            return self._lanes
+        device = f"cuda:{source.tensor.device.index}"  # type: ignore[attr-defined]
+        lanes = [lane for lane in self._lanes if lane.device.name == device]
+        if not lanes:
+            raise OptionError(
+                f"the source is on {device}, this run uses {', '.join(self.device_names)}; pass devices={device!r}, or "
+                f"the tensor's .cpu()"
+            )
+        lanes[0].device.order_after(source.tensor)  # type: ignore[attr-defined]
+        return lanes
+
+    def _run(
+        self,
+        source: Source,
+        sink: Sink,
+        progress: Callable[[Progress], None] | None,
+        stopping: threading.Event,
+    ) -> tuple[int, float, list[Recorder]]:
+        """Run all devices to the end of the source: rows done, seconds, event records."""
+        lanes = self._lanes_for(source)
+        recorders = [Recorder(lane.device.name) for lane in lanes]
+        done = _Count(source.rows, progress)
+        start = lanes[0].device.now()
+        feed = source.feed(self.chunk_rows, self._gather_buffers(), self.num_streams * len(lanes) + 1)
+        try:
+            errors: list[BaseException] = []
+
+            def run(lane: _Lane, recorder: Recorder) -> None:
+                try:
+                    lane.executor.run(feed, sink, recorder, done.add, stopping)
+                except BaseException as error:
+                    errors.append(error)
+                    stopping.set()
+
+            threads = [
+                threading.Thread(target=run, args=pair, name=f"pipeline-{pair[0].device.name}")
+                for pair in list(zip(lanes, recorders, strict=True))[1:]
+            ]
+            for thread in threads:
+                thread.start()
+            run(lanes[0], recorders[0])  # in this thread, so that an interrupt reaches it
+            for thread in threads:
+                thread.join()
+        finally:
+            feed.stop()
+        if errors:
+            raise errors[0]
+        return done.rows, lanes[0].device.now() - start, recorders
+
+    def _gather_buffers(self) -> Callable[[int], HostArray]:
+        """Allocates pinned chunk buffers for sources that gather rows, reusing those of earlier runs."""
+        unused = list(self._gather)
+
+        def take(n_bytes: int) -> HostArray:
+            if unused:
+                return unused.pop()
+            self._gather.append(self._lanes[0].device.pinned(n_bytes))
+            return self._gather[-1]
+
+        return take
+
+    def _stats(self, source: Source, rows: int, seconds: float, recorders: list[Recorder]) -> Stats:
+        layer, out_dtype = self.layer, self.out_dtype or self.layer.dtype
+        stages = stage_stats(recorders, seconds)
+        bytes_in = rows * layer.in_features * layer.dtype.itemsize
+        bytes_out = rows * layer.out_features * out_dtype.itemsize
+        lanes = [lane for lane in self._lanes if lane.device.name in {recorder.device for recorder in recorders}]
+        rings = [ring for lane in lanes for ring in (lane.executor.ring_in, lane.executor.ring_out)]
+        return Stats(
+            rows=rows,
+            seconds=seconds,
+            rows_per_s=rows / seconds if seconds else 0.0,
+            bytes_in=bytes_in,
+            bytes_out=bytes_out,
+            gb_per_s_in=bytes_in / seconds / 1e9 if seconds else 0.0,
+            gb_per_s_out=bytes_out / seconds / 1e9 if seconds else 0.0,
+            stages=stages,
+            bound=bound(stages),
+            kernel_hidden_share=hidden_share(recorders, "kernel", ("H2D", "D2H")),
+            copy_hidden_share=hidden_share(recorders, "H2D", ("kernel",)),
+            devices={lane.device.name: lane.device.description for lane in lanes},
+            kernel=lanes[0].device.kernel,
+            precision=layer.precision,
+            runs_as=lanes[0].device.runs_as,
+            chunk_rows=self.chunk_rows,
+            num_streams=self.num_streams,
+            chunks=stages["kernel"].count,
+            copy_workers=lanes[0].workers.description,
+            pinned_bytes=sum(ring.allocated_bytes for ring in rings) + sum(buffer.nbytes for buffer in self._gather),
+            source=source.kind,
+        )
+
+
+def run_pipelined(
+    layer: FusedLinear,
+    source: Any,
+    out: Any = None,
+    *,
+    chunk_rows: int | str = "auto",
+    num_streams: int | str = "auto",
+    devices: str | list[str] | tuple[str, ...] | None = None,
+    out_dtype: Any = None,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Result:
+    """Stream one dataset through the layer: `Pipeline(...)`.run(...) in one call. See both for the arguments."""
+    with Pipeline(
+        layer, chunk_rows=chunk_rows, num_streams=num_streams, devices=devices, out_dtype=out_dtype
+    ) as pipeline:
+        return pipeline.run(source, out, overwrite=overwrite, progress=progress)
+
+
+class _Exclusive:
+    """Holds a Pipeline for one run."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise PipelineError(
+                "this Pipeline is running already; finish or close its stream first, or make a second Pipeline"
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._lock.release()
+
+
+class _Count:
+    """Counts finished rows over all devices and reports progress."""
+
+    def __init__(self, total: int | None, progress: Callable[[Progress], None] | None) -> None:
+        self.rows = 0
+        self._total, self._progress = total, progress
+        self._lock, self._start = threading.Lock(), time.perf_counter()
+
+    def add(self, chunk: Chunk) -> None:
+        with self._lock:
+            self.rows += chunk.rows
+            if self._progress is not None:
+                self._progress(Progress(self.rows, self._total, time.perf_counter() - self._start))
+
+
+def _whole_number(value: int | str, name: str) -> int | None:
+    """`value`, or None for "auto".
+
+    Raises:
+        OptionError: neither "auto" nor a whole number of at least 1.
+    """
+    if value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise OptionError(f"{name} is {value!r}, expected 'auto' or a whole number of at least 1")
+    return int(value)
+
+
+def _auto_chunk_rows(layer: FusedLinear, out_dtype: DType) -> int:
+    """Rows for a chunk of about 32 MiB on its wider side, a multiple of 128 between 128 and 65,536."""
+    row_bytes = max(layer.in_features * layer.dtype.itemsize, layer.out_features * out_dtype.itemsize)
+    return int(min(65_536, max(128, _CHUNK_BYTES // row_bytes // 128 * 128)))
+
+
+def _check_memory(device: Device, layer: FusedLinear, out_dtype: DType, chunk_rows: int, num_streams: int) -> None:
+    """Raises:
+    DeviceMemoryError: the slots don't fit beside the weights.
+    """
+    free = device.free_bytes()
+    row_bytes = layer.in_features * layer.dtype.itemsize + layer.out_features * out_dtype.itemsize
+    needed = num_streams * chunk_rows * row_bytes
+    if free is not None and needed > free:
+        raise DeviceMemoryError(
+            f"{num_streams} chunks of {chunk_rows} rows need {needed / GIB:.2f} GiB on {device.name}, "
+            f"{free / GIB:.2f} GiB are free: pass chunk_rows={max(1, free // (num_streams * row_bytes))} or less, or "
+            f"fewer num_streams"
+        )

@@ -1,0 +1,171 @@
+"""The protocol between the executor and a device, and how a device is found by its name.
+
+A device holds the layer's weights, a compiled kernel and `num_streams` chunk buffers, called slots. Operations on one
+slot happen in the order in which they were queued; operations on different slots overlap as the hardware allows.
+Every queued operation returns at once with an `Operation` that says when it is done. One thread at a time uses a
+device.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pipeline.config import DType
+from pipeline.errors import DeviceNotFoundError, OptionError
+from pipeline.layer import FusedLinear, HostArray
+
+
+class Operation(Protocol):
+    """Something queued: a copy, a kernel, a worker's job."""
+
+    def done(self) -> bool:
+        """Whether it has completed. Raises what the operation itself raised."""
+
+    def times(self) -> tuple[float, float]:
+        """Start and end in seconds on the device's clock; only once it is done."""
+
+
+class Workers(Protocol):
+    """Threads that copy rows between the caller's memory or files and pinned pieces."""
+
+    description: str
+
+    def submit(self, work: Callable[[], None]) -> Operation:
+        """Queue `work`; jobs may run at the same time and finish in any order."""
+
+    def close(self) -> None:
+        """Wait for the jobs and end the threads."""
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """Rows in a device's memory already: first address and row stride in elements. `owner` keeps them alive."""
+
+    ordinal: int
+    address: int
+    stride: int
+    rows: int
+    owner: Any
+
+    def part(self, first: int, rows: int, itemsize: int) -> DeviceRows:
+        return DeviceRows(self.ordinal, self.address + first * self.stride * itemsize, self.stride, rows, self.owner)
+
+
+class Device(ABC):
+    """One place where chunks are computed. See the module's docstring for the rules of ordering."""
+
+    name: str  # "cuda:0", "cpu", "sim"
+    description: str  # the hardware, for reports
+    kernel: str = ""  # what computes, for reports; set by prepare()
+    runs_as: str = ""  # the precision that really runs; set by prepare()
+    poison: bool = False  # overwrite pinned pieces between uses
+
+    def bind(self) -> None:
+        """Make the device usable from the calling thread. The executor calls it before anything else."""
+
+    @abstractmethod
+    def now(self) -> float:
+        """Seconds on the clock of this device's operations."""
+
+    @abstractmethod
+    def free_bytes(self) -> int | None:
+        """Device memory that could still be allocated, or None where that isn't limited."""
+
+    @abstractmethod
+    def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
+        """Compile or find the kernel and upload the weights. Blocks.
+
+        Raises:
+            CompileError, DeviceMemoryError, DriverError
+        """
+
+    @abstractmethod
+    def allocate(self, chunk_rows: int, num_streams: int) -> None:
+        """Make `num_streams` slots, each with room for `chunk_rows` rows in and out, for the prepared layer."""
+
+    @abstractmethod
+    def pinned(self, n_bytes: int) -> HostArray:
+        """Host memory that `upload` and `download` can use (uint8, 64-byte aligned). Lives until `close`."""
+
+    @abstractmethod
+    def in_place(self, rows: HostArray) -> bool:
+        """Whether `upload` and `download` can use this contiguous host memory of the caller's as it is."""
+
+    @abstractmethod
+    def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
+        """Queue a copy of contiguous host rows into the slot's input buffer, starting at row `first` of the chunk."""
+
+    @abstractmethod
+    def compute(
+        self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
+    ) -> Operation:
+        """Queue one kernel on the slot's first `rows` rows, reading `source` and writing `target` instead of the
+        slot's own buffers where given. `dataset_row` is the number of the first row in its dataset."""
+
+    @abstractmethod
+    def download(self, slot: int, first: int, rows: HostArray) -> Operation:
+        """Queue a copy from the slot's output buffer, starting at row `first` of the chunk, to contiguous host rows."""
+
+    def order_after(self, tensor: Any) -> None:
+        """Let all later operations wait for what the caller has queued on the tensor's stream so far."""
+
+    def workers(self) -> Workers | None:
+        """Copy workers of the device's own, for devices with a clock of their own."""
+        return None
+
+    @abstractmethod
+    def idle(self) -> None:
+        """Called by the executor when nothing could be moved: give way for a moment."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Wait until everything queued is done."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free everything. Safe to call twice."""
+
+
+def find_devices(wanted: str | list[str] | tuple[str, ...] | None) -> list[str]:
+    """The names of the devices to use: every visible GPU where `wanted` is None, or the CPU where there is none.
+
+    Raises:
+        OptionError: not a device name, none at all, or one named twice.
+        DeviceNotFoundError: a GPU that isn't there.
+    """
+    from pipeline.devices.cuda import count_gpus
+
+    if wanted is None:
+        return [f"cuda:{i}" for i in range(count_gpus())] or ["cpu"]
+    names = ["cuda:0" if name == "cuda" else str(name) for name in ([wanted] if isinstance(wanted, str) else wanted)]
+    if not names or len(set(names)) != len(names):
+        raise OptionError(f"devices is {wanted!r}, expected one or several different device names")
+    for name in names:
+        kind, _, ordinal = name.partition(":")
+        if name in ("cpu", "sim"):
+            continue
+        if kind != "cuda" or not ordinal.isdecimal():
+            raise OptionError(f"device {name!r} isn't known, expected 'cpu', 'cuda', 'cuda:<number>' or 'sim'")
+        count = count_gpus()
+        if int(ordinal) >= count:
+            there = f"there are {count}: cuda:0 to cuda:{count - 1}" if count else "no NVIDIA GPU is visible here"
+            raise DeviceNotFoundError(f"device {name!r} isn't there; {there}. Use devices='cpu' to run without a GPU")
+    return names
+
+
+def open_device(name: str) -> Device:
+    """The device of that name, opened."""
+    if name == "cpu":
+        from pipeline.devices.cpu import CpuDevice
+
+        return CpuDevice()
+    if name == "sim":
+        from pipeline.devices.sim import SimDevice
+
+        return SimDevice()
+    from pipeline.devices.cuda import CudaDevice
+
+    return CudaDevice(int(name.partition(":")[2]))

@@ -1,0 +1,148 @@
+"""The CPU as a device: computes for real, with one thread for each engine a GPU has."""
+
+from __future__ import annotations
+
+import os
+import platform
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from pipeline.config import FLOAT32, DType
+from pipeline.devices.base import Device, DeviceRows, Operation
+from pipeline.errors import DeviceMemoryError
+from pipeline.layer import FusedLinear, HostArray, HostWeights, host_tensor
+
+
+class _Task:
+    """A queued operation: runs on its engine's thread once the slot's previous operation is done."""
+
+    def __init__(self, work: Callable[[], None], after: _Task | None) -> None:
+        self._work, self._after = work, after
+        self._finished = threading.Event()
+        self._error: BaseException | None = None
+        self._times = (0.0, 0.0)
+
+    def run(self) -> None:
+        if self._after is not None:
+            self._after.wait()
+            self._after = None
+        start = time.perf_counter()
+        try:
+            self._work()
+        except BaseException as error:  # handed to the executor by done()
+            self._error = error
+        self._times = (start, time.perf_counter())
+        self._finished.set()
+
+    def wait(self) -> None:
+        self._finished.wait()
+
+    def done(self) -> bool:
+        if self._error is not None:
+            raise self._error
+        return self._finished.is_set()
+
+    def times(self) -> tuple[float, float]:
+        return self._times
+
+
+class _Engine:
+    """A thread that runs tasks in the order in which they were queued."""
+
+    def __init__(self, name: str) -> None:
+        self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name=f"pipeline-{name}", daemon=True)
+        self._thread.start()
+
+    def _loop(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            task.run()
+
+    def queue(self, task: _Task) -> None:
+        self._tasks.put(task)
+
+    def close(self) -> None:
+        self._tasks.put(None)
+        self._thread.join()
+
+
+class CpuDevice(Device):
+    """Computes with torch's CPU matrix product; "H2D" and "D2H" are memory copies into and out of the slots."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self.description = f"{platform.machine()} CPU, {os.cpu_count()} threads"
+        self._engines = {stage: _Engine(f"cpu-{stage}") for stage in ("H2D", "kernel", "D2H")}
+        self._last: list[_Task | None] = []
+        self._inputs: list[HostArray] = []
+        self._outputs: list[HostArray] = []
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
+        self._layer, self._out_dtype = layer, out_dtype
+        self._weights: HostWeights = layer.host_weights()
+        self.runs_as = "ieee" if layer.dtype is FLOAT32 else layer.dtype.name
+        self.kernel = f"torch CPU matrix product, {str(self._weights.compute_dtype).removeprefix('torch.')}"
+
+    def allocate(self, chunk_rows: int, num_streams: int) -> None:
+        layer = self._layer
+        try:
+            self._inputs = [np.empty((chunk_rows, layer.in_features), layer.dtype.carrier) for _ in range(num_streams)]
+            self._outputs = [
+                np.empty((chunk_rows, layer.out_features), self._out_dtype.carrier) for _ in range(num_streams)
+            ]
+        except MemoryError as error:
+            raise DeviceMemoryError(f"{num_streams} chunks of {chunk_rows} rows don't fit in memory") from error
+        self._last = [None] * num_streams
+
+    def pinned(self, n_bytes: int) -> HostArray:
+        memory = np.empty(n_bytes + 63, np.uint8)
+        start = -memory.__array_interface__["data"][0] % 64
+        return memory[start : start + n_bytes]
+
+    def in_place(self, rows: HostArray) -> bool:
+        return True
+
+    def _queue(self, stage: str, slot: int, work: Callable[[], None]) -> Operation:
+        task = _Task(work, self._last[slot])
+        self._last[slot] = task
+        self._engines[stage].queue(task)
+        return task
+
+    def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
+        return self._queue("H2D", slot, lambda: np.copyto(self._inputs[slot][first : first + len(rows)], rows))
+
+    def compute(
+        self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
+    ) -> Operation:
+        x = host_tensor(self._inputs[slot][:rows], self._layer.dtype)
+        y = host_tensor(self._outputs[slot][:rows], self._out_dtype)
+        scale = self._layer.scaling_factor
+        return self._queue("kernel", slot, lambda: self._weights.forward(x, y, scale, dataset_row))
+
+    def download(self, slot: int, first: int, rows: HostArray) -> Operation:
+        return self._queue("D2H", slot, lambda: np.copyto(rows, self._outputs[slot][first : first + len(rows)]))
+
+    def idle(self) -> None:
+        time.sleep(50e-6)
+
+    def synchronize(self) -> None:
+        for task in self._last:
+            if task is not None:
+                task.wait()
+
+    def close(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
+        self._engines = {}
+        self._inputs, self._outputs, self._last = [], [], []

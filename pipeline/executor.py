@@ -1,0 +1,380 @@
+"""The lanes, the rings and the one loop that moves chunks through a device.
+
+    source --fill--> pinned piece --H2D--> slot --kernel--> slot --D2H--> pinned piece --drain--> sink
+
+A chunk is the rows of one kernel launch and occupies one slot of the device from its first H2D to its last drain. A
+piece is the part of a chunk that fits one buffer of a pinned ring. Where the caller's memory can be used by the copy
+engines as it is, the fill or the drain vanishes and the whole chunk is one copy; where it is the device's own, the
+H2D or the D2H vanishes too.
+
+Every lane is a queue in the order in which its operations were started, and each pass of the loop looks at the heads
+only. A buffer goes back to its ring or its slot to the free list when, and only when, the operation that last used it
+says that it is done. The number of slots and pieces bounds the memory, whatever the dataset's size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from pipeline.config import DType, piece_bytes, ring_pieces
+from pipeline.devices.base import Device, DeviceRows, Operation, Workers
+from pipeline.errors import DeviceError
+from pipeline.instrument import Ranges, Recorder
+from pipeline.io.sinks import Sink, TargetRows
+from pipeline.io.sources import Chunk, Feed, SourceRows
+from pipeline.io.staging import Ring
+from pipeline.layer import FusedLinear, HostArray
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A chunk on its way through a slot. Row counts say how far each lane has come."""
+
+    chunk: Chunk
+    slot: int
+    source: SourceRows | DeviceRows
+    target: TargetRows | DeviceRows
+    in_place_target: HostArray | None = None  # host memory that the D2H copy can write itself
+    fill_started: int = 0
+    uploaded: int = 0
+    upload_done: int = 0
+    computed: bool = False
+    download_started: int = 0
+    landed: int = 0
+    pending: int = 0  # operations queued and not yet seen to be done
+    failed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Step:
+    """One operation of a flight in a lane, with the rows [first, first + rows) of its chunk and the piece it uses."""
+
+    flight: _Flight
+    operation: Operation
+    first: int
+    rows: int
+    piece: int | None = None
+
+
+Lane = deque[_Step]
+
+
+class Executor:
+    """Runs chunks through one prepared and allocated device. Used again for any number of runs, one at a time."""
+
+    def __init__(
+        self, device: Device, workers: Workers, layer: FusedLinear, out_dtype: DType, num_streams: int
+    ) -> None:
+        self.device, self.workers = device, workers
+        self._out_features, self._out_dtype = layer.out_features, out_dtype
+        self._in_row_bytes = layer.in_features * layer.dtype.itemsize
+        self._out_row_bytes = layer.out_features * out_dtype.itemsize
+        size, pieces = piece_bytes(), ring_pieces()
+        self.ring_in = Ring(device.pinned, pieces, size, layer.in_features, layer.dtype, poison=device.poison)
+        self.ring_out = Ring(device.pinned, pieces, size, layer.out_features, out_dtype, poison=device.poison)
+        self._num_streams = num_streams
+
+    def run(
+        self,
+        feed: Feed,
+        sink: Sink,
+        recorder: Recorder,
+        on_commit: Callable[[Chunk], None],
+        stopping: threading.Event,
+    ) -> None:
+        """Move the feed's chunks to the sink until the feed is exhausted. Blocks.
+
+        An error in the source or the sink ends the intake; the chunks in flight are finished, then it is raised with
+        a note that names the chunk and the stage. An error of the device, or an interrupt, waits for what is queued
+        and drops it. `stopping` ends the intake from outside. Either way every buffer is free again afterwards.
+        """
+        self.device.bind()
+        self._ranges, self._recorder = Ranges(), recorder
+        self._feed, self._sink, self._on_commit, self._stopping = feed, sink, on_commit, stopping
+        self._error: BaseException | None = None
+        self._flights: deque[_Flight] = deque()
+        self._admitted = 0
+        self._filling, self._uploading, self._running = Lane(), Lane(), Lane()
+        self._downloading, self._draining = Lane(), Lane()
+        self._free_slots = deque(range(self._num_streams))
+        try:
+            while self._flights or not self._intake_over():
+                if not self._step():
+                    self.device.idle()
+        except BaseException:
+            stopping.set()
+            self._abandon()
+            raise
+        if self._error is not None:
+            raise self._error
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def _step(self) -> bool:
+        """Move everything that can move, the last lane first so that buffers come free. False if nothing moved."""
+        moved = self._finish_drains()
+        moved |= self._finish_downloads()
+        moved |= self._finish_kernels()
+        moved |= self._finish_uploads()
+        moved |= self._finish_fills()
+        moved |= self._start_downloads()
+        moved |= self._start_fills()
+        moved |= self._admit()
+        return moved
+
+    def _intake_over(self) -> bool:
+        return self._error is not None or self._stopping.is_set() or self._feed.exhausted
+
+    def _admit(self) -> bool:
+        """Give the next chunk a free slot."""
+        if not self._free_slots or self._intake_over():
+            return False
+        try:
+            chunk = self._feed.take()
+            if chunk is None:
+                return False
+            target = self._sink.target(chunk)
+        except Exception as error:
+            self._fail(error, f"the source after {self._admitted} chunks", None)
+            return True
+        self._admitted += 1
+        flight = _Flight(chunk, self._free_slots.popleft(), chunk.source, target)
+        self._flights.append(flight)
+        if chunk.filled is not None:
+            self._record("fill", chunk, *chunk.filled, chunk.rows * self._in_row_bytes)
+        if isinstance(flight.source, DeviceRows):
+            flight.uploaded = flight.upload_done = chunk.rows
+            self._compute(flight)
+        elif flight.source.array is not None and self.device.in_place(flight.source.array):
+            flight.fill_started = chunk.rows
+            self._upload(flight, 0, chunk.rows, None)
+        if not isinstance(target, DeviceRows) and target.array is not None and self.device.in_place(target.array):
+            flight.in_place_target = target.array
+        return True
+
+    def _start_fills(self) -> bool:
+        """Let workers copy the next rows of the oldest unfilled chunk into free pieces."""
+        moved = False
+        for flight in self._flights:
+            source, ring = flight.source, self.ring_in
+            if flight.failed or isinstance(source, DeviceRows):
+                continue
+            while flight.fill_started < flight.chunk.rows and ring.available:
+                first = flight.fill_started
+                rows = min(ring.piece_rows, flight.chunk.rows - first)
+                piece = ring.take()
+                job = self._submit("fill", flight, source.read, first, ring.rows(piece, rows))
+                self._queue(self._filling, flight, job, first, rows, piece)
+                flight.fill_started += rows
+                moved = True
+            if not ring.available:
+                break
+        return moved
+
+    def _finish_fills(self) -> bool:
+        moved = False
+        for step in self._finished(self._filling, "fill", self._in_row_bytes):
+            moved = True
+            if step.flight.failed:
+                self._give_back(self.ring_in, step)
+            else:
+                self._upload(step.flight, step.first, step.rows, step.piece)
+        return moved
+
+    def _upload(self, flight: _Flight, first: int, rows: int, piece: int | None) -> None:
+        """Queue the H2D copy of a filled piece, or of a whole chunk in place; after the last one, the kernel."""
+        if piece is not None:
+            memory = self.ring_in.rows(piece, rows)
+        else:
+            assert not isinstance(flight.source, DeviceRows) and flight.source.array is not None
+            memory = flight.source.array
+        with self._ranges("H2D", flight.chunk.index):
+            operation = self.device.upload(flight.slot, first, memory)
+        self._queue(self._uploading, flight, operation, first, rows, piece)
+        flight.uploaded += rows
+        if flight.uploaded == flight.chunk.rows:
+            self._compute(flight)
+
+    def _finish_uploads(self) -> bool:
+        moved = False
+        for step in self._finished(self._uploading, "H2D", self._in_row_bytes):
+            moved = True
+            flight = step.flight
+            self._give_back(self.ring_in, step)
+            flight.upload_done += step.rows
+            if flight.upload_done == flight.chunk.rows and flight.chunk.release is not None:
+                flight.chunk.release()
+        return moved
+
+    def _compute(self, flight: _Flight) -> None:
+        """Queue the kernel. The slot's order puts it after the chunk's H2D copies and before its D2H copies."""
+        chunk = flight.chunk
+        source = flight.source if isinstance(flight.source, DeviceRows) else None
+        target = flight.target if isinstance(flight.target, DeviceRows) else None
+        with self._ranges("kernel", chunk.index):
+            operation = self.device.compute(flight.slot, chunk.rows, chunk.row, source, target)
+        self._queue(self._running, flight, operation, 0, chunk.rows, None)
+        flight.computed = True
+
+    def _finish_kernels(self) -> bool:
+        moved = False
+        for step in self._finished(self._running, "kernel", 0):
+            moved = True
+            if isinstance(step.flight.target, DeviceRows):
+                self._land(step)
+        return moved
+
+    def _start_downloads(self) -> bool:
+        """Queue D2H copies behind the kernels: into free pieces, or of a whole chunk in place."""
+        moved = False
+        for flight in self._flights:
+            target = flight.target
+            if not flight.computed:
+                break  # rows leave in the order in which they came
+            if flight.failed or isinstance(target, DeviceRows):
+                continue
+            while flight.download_started < flight.chunk.rows:
+                first, piece = flight.download_started, None
+                if flight.in_place_target is not None:
+                    rows, memory = flight.chunk.rows, flight.in_place_target
+                elif self.ring_out.available:
+                    rows = min(self.ring_out.piece_rows, flight.chunk.rows - first)
+                    piece = self.ring_out.take()
+                    memory = self.ring_out.rows(piece, rows)
+                else:
+                    return moved
+                with self._ranges("D2H", flight.chunk.index):
+                    operation = self.device.download(flight.slot, first, memory)
+                self._queue(self._downloading, flight, operation, first, rows, piece)
+                flight.download_started += rows
+                moved = True
+        return moved
+
+    def _finish_downloads(self) -> bool:
+        """Let workers drain the pieces whose D2H copies are done."""
+        moved = False
+        for step in self._finished(self._downloading, "D2H", self._out_row_bytes):
+            moved = True
+            flight, target = step.flight, step.flight.target
+            if step.piece is None:
+                self._land(step)
+            elif flight.failed:
+                self._give_back(self.ring_out, step)
+            else:
+                assert not isinstance(target, DeviceRows)
+                rows = self.ring_out.rows(step.piece, step.rows)
+                job = self._submit("drain", flight, target.write, step.first, rows)
+                self._queue(self._draining, flight, job, step.first, step.rows, step.piece)
+        return moved
+
+    def _finish_drains(self) -> bool:
+        moved = False
+        for step in self._finished(self._draining, "drain", self._out_row_bytes):
+            moved = True
+            self._give_back(self.ring_out, step)
+            self._land(step)
+        return moved
+
+    def _land(self, step: _Step) -> None:
+        """Count rows that have reached the sink; with the last ones, commit the chunk."""
+        flight = step.flight
+        flight.landed += step.rows
+        if flight.landed == flight.chunk.rows and not flight.failed:
+            try:
+                self._sink.commit(flight.chunk)
+                self._on_commit(flight.chunk)
+            except Exception as error:
+                self._fail(error, "the sink", flight)
+
+    # -- lanes, pieces and slots -------------------------------------------------------------------------------------
+
+    def _submit(
+        self, stage: str, flight: _Flight, copy: Callable[[int, HostArray], None], first: int, rows: HostArray
+    ) -> Operation:
+        """Give a fill or a drain to the copy workers."""
+        ranges, index = self._ranges, flight.chunk.index
+
+        def work() -> None:
+            with ranges(stage, index):
+                copy(first, rows)
+
+        return self.workers.submit(work)
+
+    def _queue(
+        self, lane: Lane, flight: _Flight, operation: Operation, first: int, rows: int, piece: int | None
+    ) -> None:
+        flight.pending += 1
+        lane.append(_Step(flight, operation, first, rows, piece))
+
+    def _finished(self, lane: Lane, stage: str, row_bytes: int) -> Iterator[_Step]:
+        """Take the operations that are done from the head of a lane, oldest first."""
+        while lane:
+            step = lane[0]
+            try:
+                if not step.operation.done():
+                    return
+                self._record(stage, step.flight.chunk, *step.operation.times(), step.rows * row_bytes)
+            except DeviceError as error:
+                if stage in ("H2D", "kernel", "D2H"):
+                    _noted(error, stage, step.flight.chunk)
+                    raise
+                self._fail(error, stage, step.flight)
+            except Exception as error:
+                self._fail(error, stage, step.flight)
+            lane.popleft()
+            step.flight.pending -= 1
+            yield step
+            self._retire(step.flight)
+
+    def _record(self, stage: str, chunk: Chunk, start_s: float, end_s: float, n_bytes: int) -> None:
+        self._recorder.add(stage, chunk.index, start_s, end_s, n_bytes)
+
+    def _give_back(self, ring: Ring, step: _Step) -> None:
+        if step.piece is not None:
+            ring.give_back(step.piece)
+
+    def _retire(self, flight: _Flight) -> None:
+        """Free the slot of a chunk that has landed, or that failed and has nothing queued any more."""
+        over = flight.landed == flight.chunk.rows or flight.failed
+        if over and flight.pending == 0 and flight in self._flights:
+            self._flights.remove(flight)
+            self._free_slots.append(flight.slot)
+
+    # -- errors ------------------------------------------------------------------------------------------------------
+
+    def _fail(self, error: BaseException, stage: str, flight: _Flight | None) -> None:
+        """Keep the first error, end the intake, and give up the chunk it belongs to."""
+        if flight is not None:
+            flight.failed = True
+        if self._error is None:
+            self._error = _noted(error, stage, flight.chunk if flight is not None else None)
+            self._stopping.set()
+
+    def _abandon(self) -> None:
+        """After a hard error: wait until nothing uses the buffers any more, then take them all back."""
+        try:
+            self.device.synchronize()
+        except DeviceError:
+            pass  # the error that brought us here is the one to report; a lost device runs nothing any more
+        for lane in (self._filling, self._draining):
+            for step in lane:
+                _wait(step.operation, self.device)
+        self.ring_in.give_back_all()
+        self.ring_out.give_back_all()
+
+
+def _wait(operation: Operation, device: Device) -> None:
+    try:
+        while not operation.done():
+            device.idle()
+    except Exception:
+        pass  # the run is failing already, with an earlier error
+
+
+def _noted(error: BaseException, stage: str, chunk: Chunk | None) -> BaseException:
+    where = "" if chunk is None else f" of chunk {chunk.index} (rows {chunk.row} to {chunk.row + chunk.rows - 1})"
+    error.add_note(f"pipeline: in {stage}{where}")
+    return error

@@ -1,0 +1,102 @@
+"""The pinned memory between the caller's arrays and the device, and the threads that copy through it."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from pipeline.config import DType, debug
+from pipeline.layer import HostArray
+
+
+class Ring:
+    """Pinned pieces of one size in one direction: each holds up to `piece_rows` rows. Allocated at first use.
+
+    With `poison`, or the environment variable PIPELINE_DEBUG set, a piece is overwritten with NaN bytes when it is
+    given back, so that a copy which still reads it shows in the result.
+    """
+
+    def __init__(
+        self,
+        allocate: Callable[[int], HostArray],
+        pieces: int,
+        piece_bytes: int,
+        features: int,
+        dtype: DType,
+        *,
+        poison: bool = False,
+    ) -> None:
+        self.row_bytes = features * dtype.itemsize
+        self.piece_rows = max(1, piece_bytes // self.row_bytes)
+        self.pieces = pieces
+        self._allocate, self._features, self._dtype = allocate, features, dtype
+        self._memory: list[HostArray] = []
+        self._free: deque[int] = deque(range(pieces))
+        self._poison = poison or debug()
+
+    @property
+    def allocated_bytes(self) -> int:
+        return len(self._memory) * self.piece_rows * self.row_bytes
+
+    @property
+    def available(self) -> bool:
+        return bool(self._free)
+
+    def take(self) -> int:
+        """A free piece's number."""
+        if not self._memory:
+            self._memory = [self._allocate(self.piece_rows * self.row_bytes) for _ in range(self.pieces)]
+        return self._free.popleft()
+
+    def rows(self, piece: int, rows: int) -> HostArray:
+        """The piece's first `rows` rows as an array (rows, features) in the carrier type."""
+        n_bytes = rows * self.row_bytes
+        return self._memory[piece][:n_bytes].view(self._dtype.carrier).reshape(rows, self._features)
+
+    def give_back(self, piece: int) -> None:
+        if self._poison:
+            self._memory[piece][:] = 0xFF
+        self._free.append(piece)
+
+    def give_back_all(self) -> None:
+        """Every piece is free again: after an abort, once nothing uses them any more."""
+        self._free = deque(range(self.pieces))
+
+
+class _Job:
+    """A copy job on a worker thread."""
+
+    def __init__(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
+        self._future: Future[tuple[float, float]] = pool.submit(_timed, work)
+
+    def done(self) -> bool:
+        if not self._future.done():
+            return False
+        self._future.result()
+        return True
+
+    def times(self) -> tuple[float, float]:
+        return self._future.result()
+
+
+def _timed(work: Callable[[], None]) -> tuple[float, float]:
+    start = time.perf_counter()
+    work()
+    return start, time.perf_counter()
+
+
+class ThreadWorkers:
+    """Copy workers made of Python threads: NumPy and the file calls release the GIL while they move bytes."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.description = f"{count} NumPy threads"
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="pipeline-copy")
+
+    def submit(self, work: Callable[[], None]) -> _Job:
+        return _Job(self._pool, work)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True)
