@@ -125,11 +125,13 @@ class Launcher:
         y: int,
         y_stride: int,
         scaling_factor: float,
+        variant: Variant | None = None,
     ) -> None:
         """Queues y = epilogue(x w^T + bias) on `stream` (a raw CUstream) and returns without waiting for it.
 
         Pointers are device addresses, strides count elements, `bias` 0 means none; the bias is of the data's type.
-        x, w and y must not overlap. Nothing is queued for 0 rows or 0 output features.
+        x, w and y must not overlap. Nothing is queued for 0 rows or 0 output features. `variant` overrides the
+        selection, for tests and benchmarks: one of `candidates` for these operands.
 
         Raises:
             ShapeError: a size or stride beyond the kernels' index range.
@@ -142,7 +144,8 @@ class Launcher:
         w_stride_bytes = w_stride * itemsize if problem.out_features > 1 else 0
         _check_range("row stride of x, bytes,", x_stride_bytes, _MAX_STRIDE_BYTES)
         _check_range("row stride of w, bytes,", w_stride_bytes, _MAX_STRIDE_BYTES)
-        kernel, blocks = self._plan(problem, rows, alignment(16, x, w, x_stride_bytes, w_stride_bytes))
+        load_bytes = alignment(16, x, w, x_stride_bytes, w_stride_bytes)
+        kernel, blocks = self._plan(problem, rows, load_bytes, variant)
         args = FusedLinearArgs(
             x, w, bias, y, y_stride, x_stride_bytes, w_stride_bytes,
             rows, problem.in_features, problem.out_features, scaling_factor,
@@ -167,12 +170,14 @@ class Launcher:
                 self._kernels[variant] = LoadedKernel(variant, function, compiled.report.registers)
             return self._kernels[variant]
 
-    def _make_plan(self, problem: Problem, rows: int, load_bytes: int) -> tuple[LoadedKernel, int]:
+    def _make_plan(
+        self, problem: Problem, rows: int, load_bytes: int, variant: Variant | None = None
+    ) -> tuple[LoadedKernel, int]:
         """The kernel and the grid for a launch; `launch` remembers the last thousand."""
         _check_range("rows", rows, _MAX_ROWS)
         _check_range("in_features, bytes,", problem.in_features * problem.in_dtype.itemsize, _MAX_ROW_BYTES)
         _check_range("out_features", problem.out_features, _MAX_ROWS)
-        variant = select(self.arch, problem, rows, load_bytes, multiprocessors=self.multiprocessors)
+        variant = variant or select(self.arch, problem, rows, load_bytes, multiprocessors=self.multiprocessors)
         blocks = variant.blocks(rows, problem.out_features)
         _check_range("tiles of the output", blocks, _MAX_BLOCKS)
         return self.load(variant), blocks
