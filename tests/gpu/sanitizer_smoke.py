@@ -1,0 +1,98 @@
+"""Small launches of every kernel variant, to run under compute-sanitizer; prints what it covered.
+
+    compute-sanitizer --tool memcheck  --error-exitcode 1 python tests/gpu/sanitizer_smoke.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitizer_smoke.py
+
+Each array has an allocation of its own, no larger than it must be, so that a stray access is caught. No torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from pipeline.config import parse_dtype  # noqa: E402
+from pipeline.kernels.launch import Launcher  # noqa: E402
+from pipeline.kernels.select import Problem, candidates  # noqa: E402
+
+# rows, in_features, out_features: inside one tile, ragged in every direction, and several tiles and ring rounds.
+SHAPES = [(1, 1, 1), (5, 33, 7), (130, 200, 260), (67, 523, 131)]
+
+
+def call(function: Any, *arguments: Any) -> Any:
+    code, *results = function(*arguments)
+    if code != 0:
+        sys.exit(f"{function.__name__} failed: {code}")
+    return results[0] if results else None
+
+
+def upload(values: np.ndarray[Any, Any]) -> Any:
+    pointer = call(driver.cuMemAlloc, values.nbytes)
+    call(driver.cuMemcpyHtoD, pointer, values.ctypes.data, values.nbytes)
+    return pointer
+
+
+def operand(precision: str, *shape: int) -> np.ndarray[Any, Any]:
+    values = np.random.default_rng(sum(shape)).standard_normal(shape).astype(np.float32)
+    if precision == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values.astype(np.float16) if precision == "float16" else values
+
+
+def launch_shape(launcher: Launcher, precision: str, shape: tuple[int, int, int]) -> int:
+    """Launches every variant the operands allow, and returns how many."""
+    rows, in_features, out_features = shape
+    dtype = parse_dtype("float32" if precision in ("ieee", "tf32") else precision)
+    x, w, bias = (
+        upload(operand(precision, *dims))
+        for dims in ((rows, in_features), (out_features, in_features), (out_features,))
+    )
+    y_bytes = rows * out_features * dtype.itemsize
+    y = call(driver.cuMemAlloc, y_bytes)
+    problem = Problem(dtype, dtype, precision, in_features, out_features)
+    row_bytes = in_features * dtype.itemsize
+    widths = [width for width in (16, 4, 2) if row_bytes % width == 0 and width >= dtype.itemsize]
+    launched = 0
+    for width in widths:
+        for variant in candidates(launcher.arch, problem, width):
+            call(driver.cuMemsetD8, y, 0xFF, y_bytes)
+            launcher.launch(
+                0,
+                problem,
+                rows=rows,
+                x=int(x),
+                x_stride=in_features,
+                w=int(w),
+                w_stride=in_features,
+                bias=int(bias),
+                y=int(y),
+                y_stride=out_features,
+                scaling_factor=2.0,
+                variant=variant,
+            )
+            call(driver.cuCtxSynchronize)
+            launched += 1
+    result = np.empty((rows, out_features), dtype.carrier)
+    call(driver.cuMemcpyDtoH, result.ctypes.data, y, y_bytes)
+    if (result.view(np.uint8).reshape(rows, -1, dtype.itemsize) == 0xFF).all(axis=2).any():
+        sys.exit(f"{precision} {shape}: outputs were left unwritten")
+    for pointer in (x, w, bias, y):
+        call(driver.cuMemFree, pointer)
+    return launched
+
+
+def main() -> None:
+    launcher = Launcher.for_device(0)
+    for precision in ("ieee", "tf32", "bfloat16", "float16"):
+        launched = sum(launch_shape(launcher, precision, shape) for shape in SHAPES)
+        print(f"{launcher.name} ({launcher.arch}): {precision}: {launched} launches")
+
+
+if __name__ == "__main__":
+    main()
