@@ -17,7 +17,7 @@ from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, Pipeline
 from pipeline.executor import Executor
 from pipeline.instrument import Recorder
 from pipeline.io.sinks import BatchSink, Sink, open_sink, wrapper
-from pipeline.io.sources import BatchSource, Chunk, Source, open_source
+from pipeline.io.sources import BatchSource, Chunk, CudaSource, Source, open_source
 from pipeline.io.staging import ThreadWorkers
 from pipeline.layer import FusedLinear, HostArray
 from pipeline.report import Stats, bound, hidden_share, stage_stats
@@ -226,16 +226,16 @@ class Pipeline:
 
     def _lanes_for(self, source: Source) -> list[_Lane]:
         """The devices that take part: a CUDA tensor is computed where it is."""
-        if source.family != "cuda":
+        if not isinstance(source, CudaSource):
             return self._lanes
-        device = f"cuda:{source.tensor.device.index}"  # type: ignore[attr-defined]
+        device = f"cuda:{source.tensor.device.index}"
         lanes = [lane for lane in self._lanes if lane.device.name == device]
         if not lanes:
             raise OptionError(
                 f"the source is on {device}, this run uses {', '.join(self.device_names)}; pass devices={device!r}, or "
                 f"the tensor's .cpu()"
             )
-        lanes[0].device.order_after(source.tensor)  # type: ignore[attr-defined]
+        lanes[0].device.order_after(source.tensor)
         return lanes
 
     def _run(

@@ -87,7 +87,7 @@ def to_float64(value: Any, what: str = "array") -> npt.NDArray[np.float64]:
 
 
 def reference(x: Any, weight: Any, bias: Any, scaling_factor: float) -> npt.NDArray[np.float64]:
-    """The layer in float64 NumPy: the one definition of right. Shapes as in the module's docstring; bias may be None."""
+    """The layer in float64 NumPy: the one definition of right. Shapes as above; bias may be None."""
     z = to_float64(x, "x") @ to_float64(weight, "weight").T
     if bias is not None:
         z += to_float64(bias, "bias")

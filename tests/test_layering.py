@@ -19,14 +19,14 @@ LEVELS = {
     "kernels": 1,
     "layer": 2,
     "devices": 3,
-    "io": 3,
-    "executor": 4,
-    "api": 5,
-    "torch_op": 6,
-    "report": 6,
-    "": 7,
-    "cli": 7,
-    "__main__": 7,
+    "io": 4,
+    "executor": 5,
+    "report": 5,
+    "api": 6,
+    "torch_op": 7,
+    "": 8,
+    "cli": 8,
+    "__main__": 8,
 }
 
 

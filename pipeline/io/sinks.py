@@ -15,11 +15,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.config import GIB, DType
+from pipeline.config import GIB, DType, parse_dtype
 from pipeline.devices.base import DeviceRows
 from pipeline.errors import DTypeError, OptionError, OutputError, OutputExistsError, PipelineError
-from pipeline.io.sources import BatchResult, Chunk, Source, source_bytes
-from pipeline.layer import FusedLinear, HostArray, check_out, host_view, is_cuda, is_torch, overlaps
+from pipeline.io.sources import BatchResult, Chunk, CudaSource, Source, source_bytes
+from pipeline.layer import (
+    FusedLinear,
+    HostArray,
+    check_gpu_out,
+    check_out,
+    host_tensor,
+    host_view,
+    is_cuda,
+    is_torch,
+    overlaps,
+)
 
 
 class TargetRows(Protocol):
@@ -46,13 +56,12 @@ class ArrayTarget:
 class FileTarget:
     """Rows of a file, written with pwrite."""
 
-    array = None
-
     def __init__(self, fd: int, offset: int, row_bytes: int, path: Path) -> None:
+        self.array: HostArray | None = None
         self._fd, self._offset, self._row_bytes, self._path = fd, offset, row_bytes, path
 
     def write(self, first: int, rows: HostArray) -> None:
-        buffer, position = memoryview(rows).cast("B"), self._offset + first * self._row_bytes
+        buffer, position = memoryview(rows.data).cast("B"), self._offset + first * self._row_bytes
         while buffer:
             try:
                 written = os.pwrite(self._fd, buffer, position)
@@ -290,14 +299,11 @@ def open_sink(
             f"out is an array, but the source ({source.kind}) doesn't know its number of rows; leave out=None, give a "
             f"path, or use Pipeline.stream"
         )
-    if is_cuda(out) != (source.family == "cuda"):
+    if is_cuda(out) != isinstance(source, CudaSource):
         raise OptionError("a CUDA tensor can be the source only together with a CUDA tensor as out (or out=None)")
     check_out(tuple(out.shape), (source.rows, layer.out_features))
-    if is_cuda(out):
-        from pipeline.config import parse_dtype
-        from pipeline.layer import check_gpu_out
-
-        check_gpu_out(source.tensor, out, layer.out_features)  # type: ignore[attr-defined]
+    if isinstance(source, CudaSource):
+        check_gpu_out(source.tensor, out, layer.out_features)
         _check_out_dtype(parse_dtype(out.dtype, "out dtype"), dtype)
         return CudaSink(out, dtype), dtype
     array, array_dtype = host_view(out, "out")
@@ -337,11 +343,10 @@ def _open_file(path: Path, source: Source, layer: FusedLinear, dtype: DType, ove
 
 
 def _new_result(source: Source, layer: FusedLinear, dtype: DType) -> Sink:
-    if source.family == "cuda":
+    if isinstance(source, CudaSource):
         import torch
 
-        device = source.tensor.device  # type: ignore[attr-defined]
-        shape = (source.rows, layer.out_features)
+        device, shape = source.tensor.device, (len(source.tensor), layer.out_features)
         return CudaSink(torch.empty(shape, dtype=getattr(torch, dtype.name), device=device), dtype)
     wrap = wrapper(source, dtype)
     if source.rows is None:
@@ -357,8 +362,6 @@ def wrapper(source: Source, dtype: DType) -> Any:
         DTypeError: a bfloat16 NumPy result without the ml_dtypes package.
     """
     if source.family == "torch":
-        from pipeline.layer import host_tensor
-
         return lambda array: host_tensor(array, dtype)
     if dtype.name != "bfloat16":
         return lambda array: array
