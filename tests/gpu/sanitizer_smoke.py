@@ -17,9 +17,9 @@ from cuda.bindings import driver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.config import parse_dtype  # noqa: E402
-from pipeline.kernels.launch import Launcher  # noqa: E402
-from pipeline.kernels.select import Problem, candidates  # noqa: E402
+from pipeline.config import parse_dtype
+from pipeline.kernels.launch import Launcher
+from pipeline.kernels.select import Problem, candidates
 
 # rows, in_features, out_features: inside one tile, ragged in every direction, and several tiles and ring rounds.
 SHAPES = [(1, 1, 1), (5, 33, 7), (130, 200, 260), (67, 523, 131)]
@@ -58,6 +58,7 @@ def launch_shape(launcher: Launcher, precision: str, shape: tuple[int, int, int]
     problem = Problem(dtype, dtype, precision, in_features, out_features)
     row_bytes = in_features * dtype.itemsize
     widths = [width for width in (16, 4, 2) if row_bytes % width == 0 and width >= dtype.itemsize]
+    result = np.empty((rows, out_features), dtype.carrier)
     launched = 0
     for width in widths:
         for variant in candidates(launcher.arch, problem, width):
@@ -77,11 +78,10 @@ def launch_shape(launcher: Launcher, precision: str, shape: tuple[int, int, int]
                 variant=variant,
             )
             call(driver.cuCtxSynchronize)
+            call(driver.cuMemcpyDtoH, result.ctypes.data, y, y_bytes)
+            if (result.view(np.uint8).reshape(-1, dtype.itemsize) == 0xFF).all(axis=1).any():
+                sys.exit(f"{variant.description} {shape}: outputs were left unwritten")
             launched += 1
-    result = np.empty((rows, out_features), dtype.carrier)
-    call(driver.cuMemcpyDtoH, result.ctypes.data, y, y_bytes)
-    if (result.view(np.uint8).reshape(rows, -1, dtype.itemsize) == 0xFF).all(axis=2).any():
-        sys.exit(f"{precision} {shape}: outputs were left unwritten")
     for pointer in (x, w, bias, y):
         call(driver.cuMemFree, pointer)
     return launched

@@ -1,0 +1,193 @@
+"""Every kernel variant compiles for every architecture, without spills; the cache can be trusted. Needs no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import site
+import subprocess
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import CompileError
+from pipeline.kernels import ARCHITECTURES, Variant, all_variants
+from pipeline.kernels.compile import (
+    CompiledKernel,
+    PtxasReport,
+    compile_source,
+    compile_variant,
+    csrc_dir,
+    parse_report,
+)
+
+PRECISIONS = ("bfloat16", "float16", "tf32", "ieee")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty kernel cache; the fixture's value is where its entries go."""
+    monkeypatch.setenv("PIPELINE_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "kernels"
+
+
+def small_variant() -> Variant:
+    """The variant that compiles fastest."""
+    return next(v for v in all_variants("sm_90a") if "ieee, 32x64" in v.description)
+
+
+def check_code(variant: Variant, arch: str) -> None:
+    report = compile_variant(variant, arch).report
+    where = f"{variant.description} for {arch}: {report}"
+    assert report.spill_bytes == 0 and report.stack_bytes == 0, where
+    assert report.complaints == (), where
+    # The register file holds 65,536; each launch must find room for the blocks its bounds promise.
+    registers_per_block = -(-report.registers // 8) * 8 * variant.threads
+    assert 0 < registers_per_block * variant.min_blocks <= 65_536, where
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_variants_compile_without_spills(arch: str, precision: str) -> None:
+    variants = [v for v in all_variants(arch) if f"<{precision}," in v.description]
+    assert len(variants) >= 4
+    for variant in variants:
+        check_code(variant, arch)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_variants_with_another_output_type_compile_without_spills(precision: str) -> None:
+    """The widest tile, which is the shortest of registers; the others differ in the stores alone."""
+    mixed = [v for v in all_variants("sm_90a", every_output=True) if f"<{precision} to " in v.description]
+    largest = max(v.block_m * v.block_n for v in mixed)
+    chosen = [v for v in mixed if v.block_m * v.block_n == largest and "byte loads" not in v.description]
+    assert len(chosen) == 2
+    for variant in chosen:
+        check_code(variant, "sm_90a")
+
+
+def cuobjdump() -> str:
+    wheels = (Path(folder) / "nvidia" / "cu13" / "bin" / "cuobjdump" for folder in site.getsitepackages())
+    found = next((str(path) for path in wheels if path.is_file()), None) or shutil.which("cuobjdump")
+    if found is None:
+        pytest.skip("cuobjdump isn't installed: pip install '.[sass]'")
+    return found
+
+
+def instructions(compiled: CompiledKernel, folder: Path) -> Counter[str]:
+    """How often each SASS operation, without its suffixes, occurs."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.cubin)
+    listing = subprocess.run([cuobjdump(), "--dump-sass", str(cubin)], capture_output=True, text=True, check=True)
+    return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", listing.stdout, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("name", "operation", "least"),
+    [
+        ("bfloat16, 128x256", "HMMA", 128),
+        ("float16, 128x256", "HMMA", 128),
+        ("tf32, 128x256", "HMMA", 128),
+        ("ieee, 128x128", "FFMA", 7 * 256),
+    ],
+)
+def test_machine_code_keeps_the_pipeline(name: str, operation: str, least: int, tmp_path: Path) -> None:
+    """The right arithmetic, asynchronous copies, and nothing in local memory."""
+    variant = next(v for v in all_variants("sm_90a") if name in v.description)
+    found = instructions(compile_variant(variant, "sm_90a"), tmp_path)
+    assert found[operation] >= least
+    assert found["LDGSTS"] > 0
+    assert found["LDL"] == found["STL"] == 0
+    assert found["LDSM" if operation == "HMMA" else "LDS"] > 0
+
+
+def test_compile_variant_keeps_cubin_and_report_in_the_cache(cache: Path) -> None:
+    first, second = (compile_variant(small_variant(), "sm_90a") for _ in range(2))
+    assert not first.from_cache and second.from_cache
+    assert (second.cubin, second.report) == (first.cubin, first.report)
+    assert first.cubin.startswith(b"\x7fELF")
+    assert cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_compile_variant_distinguishes_architectures() -> None:
+    codes = {compile_variant(small_variant(), arch).cubin for arch in ("sm_80", "sm_90a")}
+    assert len(codes) == 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_compile_variant_recompiles_a_damaged_entry(cache: Path, damage: str) -> None:
+    good = compile_variant(small_variant(), "sm_90a")
+    (entry,) = (path for path in cache.rglob("*") if path.is_file() and good.cubin in path.read_bytes())
+    content = bytearray(entry.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    entry.write_bytes({"flip": content, "truncate": content[: len(content) // 2], "empty": b""}[damage])
+    again = compile_variant(small_variant(), "sm_90a")
+    assert not again.from_cache
+    assert again.cubin == good.cubin
+    assert compile_variant(small_variant(), "sm_90a").from_cache, "the damaged entry was replaced"
+
+
+def test_compile_variant_does_not_use_a_linked_directory(cache: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    cache.parent.mkdir()
+    cache.symlink_to(elsewhere)
+    with pytest.warns(RuntimeWarning, match="it is a link.*PIPELINE_CACHE_DIR"):
+        compiled = compile_variant(small_variant(), "sm_90a")
+    assert compiled.cubin and not list(elsewhere.iterdir())
+
+
+def test_compile_variant_does_not_use_a_directory_others_may_write(cache: Path) -> None:
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    with pytest.warns(RuntimeWarning, match="others may write to it"):
+        compiled = compile_variant(small_variant(), "sm_90a")
+    assert compiled.cubin and not list(cache.iterdir())
+
+
+def test_compile_variant_does_not_use_a_directory_of_another_user(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir(mode=0o700, parents=True)
+    monkeypatch.setattr("os.geteuid", lambda: cache.stat().st_uid + 1)
+    with pytest.warns(RuntimeWarning, match="it belongs to user"):
+        compiled = compile_variant(small_variant(), "sm_90a")
+    assert compiled.cubin and not list(cache.iterdir())
+
+
+def test_compile_variant_works_where_the_cache_is_a_file(cache: Path) -> None:
+    cache.parent.write_text("in the way")
+    with pytest.warns(RuntimeWarning, match="can't be used"):
+        assert compile_variant(small_variant(), "sm_90a").cubin
+
+
+def test_compile_variant_is_silent_when_all_is_well() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile_variant(small_variant(), "sm_90a")
+
+
+def test_compile_source_error_carries_log_and_options() -> None:
+    with pytest.raises(CompileError) as caught:
+        compile_source("__global__ void k() { undeclared = 1; }", "sm_90a", (csrc_dir(),))
+    assert "undeclared" in caught.value.log
+    assert "--gpu-architecture=sm_90a" in caught.value.options
+    assert "undeclared" in str(caught.value) and "sm_90a" in str(caught.value)
+
+
+def test_parse_report_reads_spills_and_warnings() -> None:
+    log = """ptxas info    : Compiling entry function 'k' for 'sm_90a'
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 255 registers, used 1 barriers, 16 bytes cumulative stack size
+ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas warning : something else
+"""
+    report = parse_report(log)
+    assert report == PtxasReport(255, 20, 16, report.complaints)
+    assert [("C7510" in line, "warning" in line) for line in report.complaints] == [(True, False), (False, True)]
+
+
+def test_csrc_dir_holds_every_kernel() -> None:
+    for variant in all_variants("sm_90a"):
+        assert (csrc_dir() / f"{variant.kernel}.cu").is_file()

@@ -1,0 +1,120 @@
+"""Which kernel a problem gets: pure Python, no GPU and no compiler."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from pipeline.errors import DeviceError, DTypeError, OptionError
+from pipeline.kernels import ARCHITECTURES, Problem, all_variants, runs_as, select
+from pipeline.kernels.select import _SHARED_BYTES, alignment, architecture, candidates
+
+BF16 = Problem(BFLOAT16, BFLOAT16, "bfloat16", 8192, 8192)
+TF32 = Problem(FLOAT32, FLOAT32, "tf32", 8192, 8192)
+IEEE = Problem(FLOAT32, FLOAT32, "ieee", 8192, 8192)
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (BF16, "bfloat16"),
+        (replace(BF16, in_dtype=FLOAT16, precision="float16"), "float16"),
+        (TF32, "tf32"),
+        (IEEE, "ieee"),
+        (replace(IEEE, precision="fp32"), "ieee"),
+    ],
+)
+def test_runs_as_names_the_precision(problem: Problem, expected: str) -> None:
+    assert runs_as(problem) == expected
+
+
+@pytest.mark.parametrize("side", ["in_dtype", "out_dtype"])
+def test_runs_as_refuses_float64_with_a_remedy(side: str) -> None:
+    with pytest.raises(DTypeError, match=r"float64.*devices='cpu'"):
+        runs_as(replace(IEEE, **{side: FLOAT64}))
+
+
+@pytest.mark.parametrize("problem", [replace(BF16, precision="tf32"), replace(IEEE, precision="bfloat16")])
+def test_runs_as_refuses_a_precision_the_data_lacks(problem: Problem) -> None:
+    with pytest.raises(OptionError, match="expected one of"):
+        runs_as(problem)
+
+
+def test_select_gives_the_reference_layer_the_large_tile() -> None:
+    assert select("sm_90a", BF16, 1024, 16).description == "fused_linear_sm80<bfloat16, 128x256x64, 4 stages>"
+    assert select("sm_80", TF32, 1024, 16).description == "fused_linear_sm80<tf32, 128x256x32, 3 stages>"
+    assert select("sm_86", BF16, 1024, 16).description == "fused_linear_sm80<bfloat16, 128x128x64, 3 stages>"
+    assert select("sm_90a", IEEE, 1024, 16).description == "fused_linear_simt<ieee, 128x128x32, 2 stages>"
+
+
+def test_select_gives_few_rows_a_small_tile() -> None:
+    assert select("sm_90a", BF16, 16, 16).block_m == 64
+    assert select("sm_90a", IEEE, 16, 16).block_m == 32
+
+
+def test_select_describes_output_type_and_narrow_loads() -> None:
+    problem = replace(BF16, out_dtype=FLOAT32)
+    assert (
+        select("sm_90a", problem, 4096, 2).description
+        == "fused_linear_sm80<bfloat16 to float32, 128x128x64, 4 stages, 2-byte loads>"
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_select_has_a_variant_for_every_problem_and_alignment(arch: str) -> None:
+    compiled = set(all_variants(arch, every_output=True))
+    for problem in (BF16, TF32, IEEE, replace(BF16, in_dtype=FLOAT16, precision="float16")):
+        for out_dtype in (FLOAT32, BFLOAT16, FLOAT16):
+            for load_bytes in (16, 4, 2)[: 3 if problem.in_dtype.itemsize == 2 else 2]:
+                for rows in (1, 64, 100, 1024, 100_000):
+                    variant = select(arch, replace(problem, out_dtype=out_dtype), rows, load_bytes)
+                    assert variant in compiled
+                    assert variant.shared_bytes <= _SHARED_BYTES[arch]
+
+
+def test_all_variants_have_distinct_descriptions() -> None:
+    descriptions = [variant.description for variant in all_variants("sm_90a", every_output=True)]
+    assert len(descriptions) == len(set(descriptions))
+
+
+def test_candidates_refuses_an_unknown_architecture() -> None:
+    with pytest.raises(DeviceError, match=r"sm_75.*sm_80"):
+        candidates("sm_75", BF16, 16)
+
+
+def test_candidates_refuses_data_not_aligned_to_its_elements() -> None:
+    with pytest.raises(DTypeError, match="aligned to 2 byte"):
+        candidates("sm_90a", IEEE, 2)
+
+
+def test_architecture_maps_capabilities_and_refuses_others() -> None:
+    assert architecture(9, 0) == "sm_90a"
+    assert architecture(12, 0) == "sm_120a"
+    with pytest.raises(DeviceError, match=r"GeForce has compute capability 7\.5.*devices='cpu'"):
+        architecture(7, 5, "GeForce")
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [((16, 32), 16), ((16, 24), 4), ((16, 6), 2), ((32, 3), 1), ((0,), 16)]
+)
+def test_alignment_is_the_widest_common_load(counts: tuple[int, ...], expected: int) -> None:
+    assert alignment(*counts) == expected
+
+
+def test_variant_blocks_cover_ragged_outputs() -> None:
+    variant = select("sm_90a", BF16, 1024, 16)
+    assert variant.blocks(1024, 8192) == 256
+    assert variant.blocks(1025, 8193) == 9 * 33
+    assert variant.blocks(1, 1) == 1
+
+
+def test_kernels_import_without_cuda_or_torch() -> None:
+    code = (
+        "import sys, pipeline.kernels.compile, pipeline.kernels.launch; "
+        "sys.exit(any(name == 'torch' or name.startswith('cuda') for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
