@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from pipeline.config import DType
 from pipeline.errors import DeviceNotFoundError, OptionError
 from pipeline.layer import FusedLinear, HostArray
@@ -129,6 +131,13 @@ class Device(ABC):
         """Free everything. Safe to call twice."""
 
 
+def aligned_memory(n_bytes: int) -> HostArray:
+    """Ordinary host memory with the alignment that `Device.pinned` promises."""
+    memory = np.empty(n_bytes + 63, np.uint8)
+    start = -memory.__array_interface__["data"][0] % 64
+    return memory[start : start + n_bytes]
+
+
 def find_devices(wanted: str | list[str] | tuple[str, ...] | None) -> list[str]:
     """The names of the devices to use: every visible GPU where `wanted` is None, or the CPU where there is none.
 
@@ -140,6 +149,8 @@ def find_devices(wanted: str | list[str] | tuple[str, ...] | None) -> list[str]:
 
     if wanted is None:
         return [f"cuda:{i}" for i in range(count_gpus())] or ["cpu"]
+    if not isinstance(wanted, (str, list, tuple)):
+        raise OptionError(f"devices is {wanted!r}, expected None, a device name or a list of device names")
     names = ["cuda:0" if name == "cuda" else str(name) for name in ([wanted] if isinstance(wanted, str) else wanted)]
     if not names or len(set(names)) != len(names):
         raise OptionError(f"devices is {wanted!r}, expected one or several different device names")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pipeline.config import FLOAT32, DType
-from pipeline.devices.base import Device, DeviceRows, Operation
+from pipeline.devices.base import Device, DeviceRows, Operation, aligned_memory
 from pipeline.errors import DeviceMemoryError
 from pipeline.layer import FusedLinear, HostArray, HostWeights, host_tensor
 
@@ -101,14 +101,12 @@ class CpuDevice(Device):
             self._outputs = [
                 np.empty((chunk_rows, layer.out_features), self._out_dtype.carrier) for _ in range(num_streams)
             ]
-        except MemoryError as error:
+        except (MemoryError, ValueError) as error:  # ValueError: more bytes than an address can name
             raise DeviceMemoryError(f"{num_streams} chunks of {chunk_rows} rows don't fit in memory") from error
         self._last = [None] * num_streams
 
     def pinned(self, n_bytes: int) -> HostArray:
-        memory = np.empty(n_bytes + 63, np.uint8)
-        start = -memory.__array_interface__["data"][0] % 64
-        return memory[start : start + n_bytes]
+        return aligned_memory(n_bytes)
 
     def in_place(self, rows: HostArray) -> bool:
         return True

@@ -11,13 +11,14 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pipeline.config import FLOAT32, DType
-from pipeline.devices.base import Device, DeviceRows, Operation, Workers
+from pipeline.devices.base import Device, DeviceRows, Operation, Workers, aligned_memory
 from pipeline.errors import DriverError
 from pipeline.layer import FusedLinear, HostArray, host_tensor
 
@@ -82,7 +83,7 @@ class SimDevice(Device):
         self._engines = {stage: _Engine() for stage in ("H2D", "kernel", "D2H")}
         self._fail = dict(fail or {})
         self._counts = dict.fromkeys(self._engines, 0)
-        self._pinned_by_caller: list[HostArray] = []
+        self._pinned: list[HostArray] = []
         self._slot_free_at_s: list[float] = []
         self._inputs: list[HostArray] = []
         self._outputs: list[HostArray] = []
@@ -93,11 +94,13 @@ class SimDevice(Device):
         return self._clock_s
 
     def idle(self) -> None:
-        """Jump to the next moment at which something starts or ends."""
-        if self._moments:
-            moment = heapq.heappop(self._moments)
-            self._clock_s = max(self._clock_s, moment.at_s)
-            moment.action()
+        """Jump to the next moment at which something starts or ends; without one, wait for a reader's thread."""
+        if not self._moments:
+            time.sleep(50e-6)
+            return
+        moment = heapq.heappop(self._moments)
+        self._clock_s = max(self._clock_s, moment.at_s)
+        moment.action()
 
     def synchronize(self) -> None:
         while self._moments:
@@ -152,15 +155,17 @@ class SimDevice(Device):
         self._slot_free_at_s = [0.0] * num_streams
 
     def pinned(self, n_bytes: int) -> HostArray:
-        return np.full(n_bytes, 0xFF, np.uint8)
+        memory = self.pin(aligned_memory(n_bytes))
+        _poison(memory)
+        return memory
 
     def pin(self, array: HostArray) -> HostArray:
-        """Treat `array` as pinned memory of the caller's."""
-        self._pinned_by_caller.append(array)
+        """Treat `array` as pinned memory."""
+        self._pinned.append(array)
         return array
 
     def in_place(self, rows: HostArray) -> bool:
-        return any(np.may_share_memory(rows, pinned) for pinned in self._pinned_by_caller)
+        return any(np.may_share_memory(rows, pinned) for pinned in self._pinned)
 
     def _queue(self, stage: str, slot: int, seconds: float, target: HostArray, work: Callable[[], None]) -> Operation:
         number = self._counts[stage]
@@ -199,7 +204,7 @@ class SimDevice(Device):
         return _SimWorkers(self)
 
     def close(self) -> None:
-        self._inputs, self._outputs, self._moments = [], [], []
+        self._inputs, self._outputs, self._moments, self._pinned = [], [], [], []
 
 
 class _SimWorkers:
