@@ -1,0 +1,114 @@
+"""The devices that run on any machine, against the tests that every device passes."""
+
+from __future__ import annotations
+
+import pytest
+from device_tests import DeviceTests, random_layer, random_rows, wait
+
+from pipeline.devices.base import find_devices, open_device
+from pipeline.devices.cuda import count_gpus
+from pipeline.devices.sim import Hardware, SimDevice
+from pipeline.errors import DeviceNotFoundError, DriverError, OptionError
+
+
+class TestCpu(DeviceTests):
+    device_name = "cpu"
+    dtypes = ("float64", "float32", "bfloat16", "float16")
+
+
+class TestSim(DeviceTests):
+    device_name = "sim"
+    dtypes = ("float64", "float32", "bfloat16", "float16")
+
+
+def test_find_devices_takes_the_cpu_where_there_is_no_gpu() -> None:
+    if count_gpus():
+        pytest.skip("there is a GPU")
+    assert find_devices(None) == ["cpu"]
+
+
+def test_find_devices_keeps_names_and_order() -> None:
+    assert find_devices("cpu") == ["cpu"]
+    assert find_devices(("sim", "cpu")) == ["sim", "cpu"]
+
+
+@pytest.mark.parametrize("wanted", [[], "", "gpu", "cuda:", "cuda:x", "cuda:-1", "CPU", ["cpu", "cpu"], 5, [None], {}])
+def test_find_devices_refuses_what_is_no_device(wanted: object) -> None:
+    with pytest.raises(OptionError, match="device"):
+        find_devices(wanted)  # type: ignore[arg-type]
+
+
+def test_find_devices_refuses_the_same_gpu_under_two_names() -> None:
+    with pytest.raises(OptionError, match="different device names"):
+        find_devices(["cuda", "cuda:0"])
+
+
+def test_find_devices_names_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(DeviceNotFoundError, match=r"'cuda:99' isn't there; .*devices='cpu'"):
+        find_devices("cuda:99")
+
+
+def test_open_device_opens_by_name() -> None:
+    for name in ("cpu", "sim"):
+        device = open_device(name)
+        assert device.name == name
+        device.close()
+
+
+# -- the simulated hardware --------------------------------------------------------------------------------------------
+
+
+def sim(seed: int = 0, **hardware: float) -> SimDevice:
+    device = SimDevice(Hardware(**hardware), seed=seed)  # type: ignore[arg-type]
+    layer = random_layer(16, 8)
+    device.prepare(layer, layer.dtype, 32)
+    device.allocate(32, 2)
+    return device
+
+
+def test_sim_engines_run_side_by_side_and_each_is_a_fifo() -> None:
+    device, x = sim(latency_s=1.0), random_rows(32, 16)
+    first, second = device.upload(0, 0, x), device.upload(1, 0, x)
+    kernel = device.compute(0, 32, 0, None, None)
+    wait(device, first, second, kernel)
+    assert second.times()[0] == first.times()[1], "one engine: one copy after the other"
+    assert kernel.times()[0] == first.times()[1], "another engine: at once, after its slot's copy"
+
+
+def test_sim_rates_give_the_durations() -> None:
+    device, x = sim(latency_s=0.0, h2d_rate=1024.0, flop_rate=2 * 32 * 16 * 8 / 3), random_rows(32, 16)
+    copy, kernel = device.upload(0, 0, x), device.compute(0, 32, 0, None, None)
+    wait(device, kernel)
+    assert copy.times() == pytest.approx((0.0, x.nbytes / 1024))
+    assert kernel.times()[1] - kernel.times()[0] == pytest.approx(3.0)
+
+
+def test_sim_one_seed_gives_one_schedule() -> None:
+    def times(seed: int) -> list[tuple[float, float]]:
+        device, x = sim(seed, jitter=1.0), random_rows(32, 16)
+        operations = [device.upload(n % 2, 0, x) for n in range(20)]
+        wait(device, *operations)
+        return [operation.times() for operation in operations]
+
+    assert times(1) == times(1)
+    assert times(1) != times(2)
+
+
+def test_sim_fails_the_operation_it_was_told_to() -> None:
+    device = SimDevice(fail={"H2D": 2})
+    layer, x = random_layer(16, 8), random_rows(32, 16)
+    device.prepare(layer, layer.dtype, 32)
+    device.allocate(32, 2)
+    wait(device, device.upload(0, 0, x), device.upload(0, 0, x))
+    with pytest.raises(DriverError, match="simulated failure of H2D operation 2") as caught:
+        wait(device, device.upload(0, 0, x))
+    assert caught.value.code == "CUDA_ERROR_SIMULATED"
+    wait(device, device.upload(0, 0, x))
+
+
+def test_sim_touches_memory_only_at_start_and_end() -> None:
+    device, x = sim(), random_rows(32, 16)
+    copy = device.upload(0, 0, x)
+    x[...] = 3.0  # reused before the event: the copy reads what is there when it ends
+    wait(device, copy)
+    assert (device._inputs[0] == 3.0).all()
