@@ -383,7 +383,6 @@ def _largest_error(layer: FusedLinear, source: Path, out: Path) -> tuple[int, fl
 
 
 def _demo(args: argparse.Namespace) -> int:
-    import numpy as np
     import torch
     from safetensors.torch import save_file
 
@@ -453,9 +452,8 @@ def _demo(args: argparse.Namespace) -> int:
         print(
             f"plain torch loop on {torch_device}: {text['torch']}, {ratio:.2f} times as long; error {torch_error:.1e}"
         )
-        print(
-            f"demo figures: median and range of {len(seconds['torch']) - 1} interleaved runs, warm, files in the page cache"
-        )
+        runs = len(seconds["torch"]) - 1
+        print(f"demo figures: median and range of {runs} interleaved runs, warm, files in the page cache")
     if not passed:
         raise PipelineError(
             f"the demo's result differs from the float64 reference by {error:.1e}, at most {bound:.1e} is rounding; "

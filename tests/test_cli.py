@@ -1,0 +1,559 @@
+"""The command line: what it prints and where, its exit status, and one line with a remedy for each bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+import pipeline
+from pipeline import FusedLinear, cli
+from pipeline.errors import CompileError, DeviceNotFoundError
+
+IN, OUT = 24, 16
+
+
+def run_command(*args: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`python -m pipeline` in a process of its own."""
+    command = [sys.executable, "-m", "pipeline", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, **options)
+
+
+class Job:
+    """A folder with a dataset, weights, and the arguments of `pipeline run` that belong to them."""
+
+    def __init__(self, folder: Path) -> None:
+        random = np.random.default_rng()
+        self.folder, self.source, self.weights = folder, folder / "x.npy", folder / "layer.safetensors"
+        self.out = folder / "y.npy"
+        self.x = random.standard_normal((300, IN), np.float32)
+        np.save(self.source, self.x)
+        weight, bias = random.standard_normal((OUT, IN), np.float32), random.standard_normal(OUT, np.float32)
+        save_file({"gemm.weight": weight, "gemm.bias": bias}, self.weights)
+        self.layer = FusedLinear(weight, bias, 2.0)
+
+    def args(self, *more: str, **replaced: Any) -> list[str]:
+        values = {"source": self.source, "weights": self.weights, "scale": 2.0, "out": self.out, "devices": "cpu"}
+        values |= replaced
+        options = [text for name, value in values.items() if name != "source" for text in (f"--{name}", str(value))]
+        return ["run", str(values["source"]), *options, *more]
+
+    def check(self, out: Path | None = None, x: np.ndarray[Any, Any] | None = None) -> None:
+        expected = self.layer.reference(self.x if x is None else x)
+        np.testing.assert_allclose(np.load(out or self.out), expected, rtol=1e-5, atol=1e-5)
+
+    def files(self) -> dict[Path, bytes | None]:
+        """Everything in the folder: what each file holds, None for a folder."""
+        return {path: path.read_bytes() if path.is_file() else None for path in self.folder.rglob("*")}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on standard error; nothing may be on standard output."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("pipeline: "), captured.err
+    return lines[0]
+
+
+def usage_error(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(list(args))
+    assert caught.value.code == 2
+    return error_line(capsys)
+
+
+# -- run -------------------------------------------------------------------------------------------------------------
+
+
+def test_run_writes_the_result_and_prints_the_report(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job.args("--chunk-rows", "128")) == 0
+    job.check()
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for expected in ("300 rows in", "rows/s", "3 chunks of 128 rows", "bound by", f"wrote {job.out}"):
+        assert expected in captured.out
+
+
+def test_run_json_prints_one_object(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(job.args("--json", "--num-streams", "2")) == 0
+    captured = capsys.readouterr()
+    printed = json.loads(captured.out)
+    assert (captured.err, printed["out"]) == ("", str(job.out))
+    assert (printed["stats"]["rows"], printed["stats"]["num_streams"]) == (300, 2)
+    assert set(printed["stats"]["stages"]) == {"fill", "H2D", "kernel", "D2H", "drain"}
+
+
+def test_run_passes_every_option_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def run_pipelined(layer: FusedLinear, source: str, out: str, **options: Any) -> Any:
+        seen.update(options, layer=layer, source=source, out=out)
+        return original(layer, source, out, devices="cpu", overwrite=True)
+
+    original = pipeline.api.run_pipelined
+    monkeypatch.setattr("pipeline.api.run_pipelined", run_pipelined)
+    options = ["--precision", "tf32", "--chunk-rows", "64", "--num-streams", "3", "--out-dtype", "float16"]
+    assert cli.main(job.args(*options, "--overwrite", "--no-progress", devices="cuda:0, cuda:1")) == 0
+    layer = seen.pop("layer")
+    assert (layer.precision, layer.scaling_factor) == ("tf32", 2.0)
+    assert str(seen.pop("out_dtype")) == "float16"
+    assert seen == {
+        "source": str(job.source),
+        "out": str(job.out),
+        "chunk_rows": 64,
+        "num_streams": 3,
+        "devices": ["cuda:0", "cuda:1"],
+        "overwrite": True,
+        "progress": None,
+    }
+
+
+def test_run_defaults_are_those_of_the_keywords(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = cli._parser().parse_args(["run", "x.npy", "--weights", "l.safetensors", "--out", "y.npy"])
+    assert (args.chunk_rows, args.num_streams, args.devices, args.out_dtype) == ("auto", "auto", None, None)
+    assert (args.scaling_factor, args.precision, args.overwrite) == (1.0, None, False)
+
+
+def test_run_scale_has_its_keyword_name_too() -> None:
+    parse = cli._parser().parse_args
+    given = parse(["run", "x", "--weights", "w", "--out", "y", "--scaling-factor", "-0.5"])
+    assert given.scaling_factor == -0.5
+
+
+def test_run_rounds_to_out_dtype(job: Job) -> None:
+    assert cli.main(job.args("--out-dtype", "fp16")) == 0
+    got = np.load(job.out)
+    assert got.dtype == np.float16
+    np.testing.assert_allclose(got, job.layer.reference(job.x), rtol=2e-3, atol=2e-3)
+
+
+def test_run_overwrites_when_told(job: Job) -> None:
+    job.out.write_bytes(b"old")
+    assert cli.main(job.args("--overwrite")) == 0
+    job.check()
+
+
+@pytest.mark.parametrize("rows", [300, 0])
+def test_run_takes_fortran_order_and_foreign_byte_order(job: Job, rows: int) -> None:
+    x = np.asfortranarray(job.x[:rows].astype(">f4"))
+    np.save(job.source, x)
+    assert cli.main(job.args()) == 0
+    job.check(x=x)
+
+
+def test_run_of_an_empty_dataset_gives_an_empty_file(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(job.source, job.x[:0])
+    assert cli.main(job.args("--json")) == 0
+    assert json.loads(capsys.readouterr().out)["stats"]["rows"] == 0
+    assert np.load(job.out).shape == (0, OUT)
+
+
+# -- bad input: one line with a remedy, status 1, no file made or changed --------------------------------------------
+
+
+def truncated(job: Job) -> list[str]:
+    job.source.write_bytes(job.source.read_bytes()[:-100])
+    return job.args()
+
+
+def no_array_inside(job: Job) -> list[str]:
+    job.source.write_bytes(job.weights.read_bytes())
+    return job.args()
+
+
+def saved(array: Callable[[Job], Any]) -> Callable[[Job], list[str]]:
+    def prepare(job: Job) -> list[str]:
+        np.save(job.source, array(job))
+        return job.args()
+
+    return prepare
+
+
+def existing_output(job: Job) -> list[str]:
+    job.out.write_bytes(b"precious")
+    return job.args()
+
+
+def leftover_partial(job: Job) -> list[str]:
+    Path(f"{job.out}.partial").write_bytes(b"another run's")
+    return job.args()
+
+
+def source_as_output(job: Job) -> list[str]:
+    return job.args("--overwrite", out=job.source)
+
+
+def linked_source_as_output(job: Job) -> list[str]:
+    job.out.symlink_to(job.source)
+    return job.args("--overwrite")
+
+
+def folder_as_output(job: Job) -> list[str]:
+    job.out.mkdir()
+    return job.args("--overwrite")
+
+
+def unwritable_folder(job: Job) -> list[str]:
+    if os.geteuid() == 0:  # who may write anywhere but here
+        return job.args(out="/proc/y.npy")
+    job.folder.joinpath("locked").mkdir(mode=0o500)
+    return job.args(out=job.folder / "locked" / "y.npy")
+
+
+def weights_of(tensors: dict[str, Any]) -> Callable[[Job], list[str]]:
+    def prepare(job: Job) -> list[str]:
+        save_file(tensors, job.weights)
+        return job.args()
+
+    return prepare
+
+
+BAD: dict[str, tuple[Callable[[Job], list[str]], str]] = {
+    "truncated file": (truncated, r"x\.npy is truncated: \d+ bytes, its header promises \d+"),
+    "no array inside": (no_array_inside, r"x\.npy isn't a readable .npy file: .*; write it with np.save"),
+    "not called .npy": (lambda job: job.args(source="x.csv"), "isn't a .npy file; save the array with np.save"),
+    "missing source": (lambda job: job.args(source="nowhere.npy"), "nowhere.npy: No such file or directory; check the"),
+    "object array": (saved(lambda job: np.array([[None] * IN])), "holds Python objects, expected .*; convert"),
+    "wrong features": (saved(lambda job: job.x[:, :-1]), f"has {IN - 1} features a row .* weight takes {IN}"),
+    "wrong rank": (saved(lambda job: job.x[0]), r"expected 2 dimensions \(rows, 24\); reshape it first"),
+    "wrong dtype": (saved(lambda job: job.x.astype(np.float64)), "is float64, the layer's weights are float32: conv"),
+    "integers": (saved(lambda job: job.x.astype(np.int32)), "is int32, expected one of float64, .*; convert the data"),
+    "NaN scale": (lambda job: job.args(scale="nan"), "scaling_factor is nan, expected a finite number"),
+    "infinite scale": (lambda job: job.args(scale="inf"), "scaling_factor is inf, expected a finite number"),
+    "missing weights": (lambda job: job.args(weights="nowhere.safetensors"), "nowhere.safetensors; check the path"),
+    "damaged weights": (lambda job: job.args(weights=job.source), "isn't a readable .safetensors file"),
+    "no weight inside": (weights_of({"a": np.zeros(3, np.float32)}), "expected exactly one called 'weight' or"),
+    "2-D bias": (
+        weights_of({"weight": np.zeros((OUT, IN), np.float32), "bias": np.zeros((3, OUT), np.float32)}),
+        "no residual tensor is passed",
+    ),
+    "zero features": (weights_of({"weight": np.zeros((OUT, 0), np.float32)}), "at least 1 feature"),
+    "existing output": (existing_output, r"y\.npy exists; pass --overwrite to replace it, or choose another path"),
+    "leftover partial file": (leftover_partial, "y.npy.partial exists: .*; remove it if none is"),
+    "output not .npy": (lambda job: job.args(out=job.folder / "y.bin"), "doesn't end in .npy"),
+    "output is a folder": (folder_as_output, "y.npy is a directory, expected the path of a file"),
+    "no output folder": (lambda job: job.args(out=job.folder / "no" / "y.npy"), "no isn't a directory; create it fi"),
+    "unwritable folder": (unwritable_folder, "can't create .*; choose a path that can be written"),
+    "source as output": (source_as_output, "is the source itself; choose another output path"),
+    "link to source as output": (linked_source_as_output, "is the source itself; choose another output path"),
+    "absent GPU": (lambda job: job.args(devices="cuda:64"), "device 'cuda:64' isn't there; .* --devices cpu"),
+    "unknown device": (lambda job: job.args(devices="tpu"), "device 'tpu' isn't known, expected 'cpu', 'cuda'"),
+    "no device": (lambda job: job.args(devices=""), "device '' isn't known, expected"),
+    "device twice": (lambda job: job.args(devices="cpu,cpu"), "expected one or several different device names"),
+    "unknown precision": (lambda job: job.args("--precision", "fp8"), "precision is 'fp8', expected one of"),
+    "unknown out_dtype": (lambda job: job.args("--out-dtype", "int8"), "out_dtype is int8, expected one of"),
+    "bfloat16 file": (lambda job: job.args("--out-dtype", "bf16"), "can't hold bfloat16; pass --out-dtype float32 or"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_run_refuses(name: str, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    prepare, message = BAD[name]
+    args = prepare(job)
+    before, threads = job.files(), threading.active_count()
+    assert cli.main(args) == 1
+    line = error_line(capsys)
+    assert re.search(message, line), line
+    assert "=True" not in line and "='" not in line  # options in a shell's words
+    assert job.files() == before
+    assert threading.active_count() == threads
+
+
+def test_run_after_an_error_works(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    good = job.source.read_bytes()
+    assert cli.main(truncated(job)) == 1
+    job.source.write_bytes(good)
+    assert cli.main(job.args()) == 0
+    job.check()
+
+
+def test_run_folds_notes_into_the_line(
+    job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "y.npy")
+
+    monkeypatch.setattr("pipeline.io.sinks.FileTarget.write", fail)
+    before = job.files()
+    assert cli.main(job.args("--chunk-rows", "100")) == 1
+    line = error_line(capsys)
+    assert re.search(r"y.npy: No space left on device; free space.* \(in drain of chunk 0 \(rows 0 to 99\)\)$", line)
+    assert job.files() == before
+
+
+# -- errors of other kinds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError("Unable to allocate 9 TiB"), "out of memory: Unable to allocate 9 TiB; use smaller --chunk-rows"),
+        (PermissionError(13, "Permission denied", "x.npy"), "x.npy: Permission denied; check the permissions"),
+        (OSError("odd"), "odd; --debug shows where it happened"),
+        (KeyError("rows"), "unexpected KeyError: 'rows'; --debug shows where, please report it"),
+        (CompileError("NVRTC can't compile", "a\nlog", ("-v",)), "NVRTC can't compile; --debug shows the compiler's"),
+        (DeviceNotFoundError("none. Use devices='cpu' or\nwait"), "none. Use --devices cpu or wait"),
+    ],
+)
+def test_error_becomes_one_line(
+    error: Exception, line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_collect_info", fail)
+    assert cli.main(["info"]) == 1
+    assert error_line(capsys).startswith(f"pipeline: error: {line}")
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_debug_shows_the_traceback(position: int, job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    args = job.args(scale="nan")
+    args.insert(position, "--debug")
+    assert cli.main(args) == 1
+    error = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in error and "check_scaling_factor" in error
+    assert error.splitlines()[-1].startswith("pipeline: error: scaling_factor is nan")
+
+
+@pytest.mark.parametrize(("raised", "status"), [(KeyboardInterrupt, 130), (cli._Terminated, 143)])
+def test_interrupt_is_one_line(
+    raised: type[BaseException], status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt() -> None:
+        raise raised
+
+    monkeypatch.setattr(cli, "_collect_info", interrupt)
+    assert cli.main(["info"]) == status
+    assert error_line(capsys) in ("pipeline: interrupted", "pipeline: terminated")
+
+
+def test_warning_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    monkeypatch.setattr(cli, "_collect_info", lambda: warnings.warn("the cache\ncan't be used", stacklevel=1))
+    cli.main(["info", "--json"])
+    assert capsys.readouterr().err == "pipeline: warning: the cache can't be used\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "the following arguments are required"),
+        (["fly"], "invalid choice: 'fly'"),
+        (["run", "x.npy", "--out", "y.npy"], "required: --weights"),
+        (["run", "x.npy", "--weights", "w", "--out", "y", "--over"], "unrecognized arguments: --over"),
+        (["run", "x.npy", "--weights", "w", "--out", "y", "--chunk-rows", "0"], "expected 'auto' or a whole number"),
+        (["run", "x.npy", "--weights", "w", "--out", "y", "--num-streams", "few"], "got 'few', expected 'auto' or"),
+        (["run", "x.npy", "--weights", "w", "--out", "y", "--scale", "two"], "invalid float value: 'two'"),
+        (["demo", "--rows", "-3"], "got '-3', expected a whole number of at least 1"),
+    ],
+)
+def test_usage_error_is_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = usage_error(capsys, *args)
+    assert message in line and line.endswith("--help' lists the options")
+
+
+# -- info and demo ---------------------------------------------------------------------------------------------------
+
+
+def test_info_describes_the_machine(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PIPELINE_CACHE_DIR", str(tmp_path))
+    entry = tmp_path / "kernels" / "entries" / "ab" / "cdef"
+    entry.parent.mkdir(parents=True)
+    entry.write_bytes(bytes(1000))
+    assert cli.main(["info", "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert info["versions"]["pipeline"] == pipeline.__version__
+    assert info["cache"] == {"path": str(tmp_path), "kernels": 1, "bytes": 1000}
+    assert set(info["host"]) == {"copy_workers", "piece_bytes", "ring_pieces"}
+    assert "cpu" in info["devices"]
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"cache: {tmp_path}, 1 kernels" in text and "copy workers, 6 pinned pieces of 8 MiB" in text
+
+
+class FakeLauncher:
+    """What `pipeline info` reads of a GPU."""
+
+    name, arch, multiprocessors = "NVIDIA Test", "sm_90a", 132
+
+    @classmethod
+    def for_device(cls, ordinal: int) -> FakeLauncher:
+        if ordinal == 1:
+            raise DeviceNotFoundError("an old GPU; use devices='cpu'")
+        return cls()
+
+
+def test_info_names_the_kernel_of_each_precision(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.devices.cuda.count_gpus", lambda: 2)
+    monkeypatch.setattr("pipeline.kernels.launch.Launcher", FakeLauncher)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda ordinal: (2**30, 2**32))
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert "cuda:0: NVIDIA Test; sm_90a, 132 multiprocessors; 1.0 of 4.0 GiB free" in text
+    for data in ("float32 fp32", "float32 ieee", "float32 tf32", "bfloat16", "float16"):
+        assert re.search(rf"^  {data} +fused_linear_s(m80|imt)<", text, re.MULTILINE), text
+    assert "cuda:1: an old GPU; use --devices cpu" in text
+    assert "no NVIDIA GPU" not in text
+
+
+def test_info_survives_a_broken_driver(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> int:
+        raise DeviceNotFoundError("cuInit failed: CUDA_ERROR_UNKNOWN")
+
+    monkeypatch.setattr("pipeline.devices.cuda.count_gpus", broken)
+    assert cli.main(["info"]) == 0
+    assert "cuda: cuInit failed: CUDA_ERROR_UNKNOWN" in capsys.readouterr().out
+
+
+def test_demo_checks_and_compares(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    small = ["--rows", "200", "--in-features", "48", "--out-features", "32", "--devices", "cpu"]
+    assert cli.main(["demo", *small]) == 0
+    text = capsys.readouterr().out
+    for expected in ("200 random rows", "check: right; 6", "plain torch loop on cpu", "times as long", "bound by"):
+        assert expected in text
+    assert cli.main(["demo", *small, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["check"]["passed"] and printed["check"]["rows"] >= 62
+    assert printed["stats"]["rows"] == 200 and printed["stats"]["chunks"] == 8
+    assert printed["torch_loop"]["ratio"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rows", ["1", "63"])
+def test_demo_takes_few_rows(rows: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--rows", rows, "--in-features", "5", "--out-features", "3", "--devices", "cpu"]) == 0
+
+
+@pytest.mark.parametrize("wrong", [0.01, np.nan])
+def test_demo_fails_when_one_chunk_is_wrong(
+    wrong: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.io.sinks import FileTarget
+
+    def write(self: FileTarget, first: int, rows: Any) -> None:
+        chunk = (self._offset - 128) // (self._row_bytes * 25)
+        original(self, first, rows + np.float32(wrong) if chunk == 5 else rows)
+
+    original = FileTarget.write
+    monkeypatch.setattr(FileTarget, "write", write)
+    assert cli.main(["demo", "--rows", "200", "--in-features", "48", "--devices", "cpu", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["check"]["passed"] is False and "NaN" not in captured.out
+    assert captured.err.startswith("pipeline: error: the demo's result differs") and captured.err.count("\n") == 1
+
+
+# -- real processes --------------------------------------------------------------------------------------------------
+
+
+def test_process_help_is_quick_and_imports_no_torch() -> None:
+    code = "import sys; from pipeline.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print({name.split('.')[0] for name in sys.modules} & {'torch', 'cuda', 'rich', 'safetensors'})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "set()"
+    assert "run | info | demo" in done.stdout
+
+
+def test_process_version() -> None:
+    done = run_command("--version")
+    assert (done.returncode, done.stdout) == (0, f"pipeline {pipeline.__version__}\n")
+
+
+def test_process_run_prints_pure_json_and_no_bar_in_a_log(job: Job) -> None:
+    done = run_command(*job.args("--json", "--chunk-rows", "16"))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["stats"]["chunks"] == 19
+    job.check()
+
+
+def test_process_error_status(job: Job) -> None:
+    done = run_command(*existing_output(job))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("pipeline: error: ") and done.stderr.count("\n") == 1
+    assert run_command("run").returncode == 2
+
+
+def test_process_ends_quietly_when_its_reader_has_gone() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-m", "pipeline", "info"], stdout=write, stderr=subprocess.PIPE, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+def on_terminal(args: list[str]) -> tuple[str, str]:
+    """Standard output, and what standard error shows on a terminal of 100 columns."""
+    terminal, stderr = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    command = [sys.executable, "-m", "pipeline", *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment) as process:
+        os.close(stderr)
+        shown = b""
+        while True:
+            try:
+                block = os.read(terminal, 65536)
+            except OSError:  # Linux: every writer has closed its end
+                break
+            if not block:
+                break
+            shown += block
+        os.close(terminal)
+        assert process.stdout is not None
+        return process.stdout.read(), shown.decode()
+
+
+def test_process_draws_a_bar_on_a_terminal(job: Job) -> None:
+    out, shown = on_terminal(job.args("--chunk-rows", "16"))
+    for expected in ("100%", "rows/s", "GB/s in", "left"):
+        assert expected in shown
+    assert "300 rows in" in out and "\x1b" not in out
+
+
+def test_process_draws_no_bar_when_told(job: Job) -> None:
+    out, shown = on_terminal(job.args("--no-progress"))
+    assert shown == "" and "300 rows in" in out
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_process_stopped_half_way_keeps_no_file(sent: signal.Signals, status: int, job: Job) -> None:
+    np.save(job.source, np.zeros((400_000, IN), np.float32))
+    command = [sys.executable, "-m", "pipeline", *job.args("--chunk-rows", "1")]  # minutes of work
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        partial = Path(f"{job.out}.partial")
+        deadline = time.monotonic() + 60
+        while not partial.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.3)
+        process.send_signal(sent)
+        out, error = process.communicate(timeout=60)
+    assert (process.returncode, out) == (status, "")
+    assert error == ("pipeline: interrupted\n" if sent == signal.SIGINT else "pipeline: terminated\n")
+    assert not job.out.exists() and not partial.exists()
