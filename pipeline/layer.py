@@ -9,8 +9,8 @@ For x (rows, in_features), W (out_features, in_features), b (out_features,):
 from __future__ import annotations
 
 import math
+import os
 import threading
-from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +26,8 @@ HostArray = npt.NDArray[Any]
 
 # Rows are computed on the CPU at their place on this grid, with zero rows filling up both ends, so that a row's bits
 # don't depend on the rows beside it. BLAS libraries change them with the row count: MKL's float32 product in tiles
-# that aren't full (multiples of 4), its float64 product where it splits the sum (up to 64 rows and 32 columns).
+# that aren't full (multiples of 4), its float64 product where it splits the sum (up to 64 rows and 32 columns) and
+# where rows don't start at a cache line.
 CPU_ROW_GRID = 64
 _CPU_MIN_FEATURES = 64  # narrower weights get zero output features, for the same reason
 _CPU_BLOCK_ROWS = 512  # rows of one matrix product on the CPU: bounds the memory of the float32 intermediate
@@ -49,7 +50,8 @@ def host_view(value: Any, what: str) -> tuple[HostArray, DType]:
     Nothing is copied: strides and byte order are the caller's.
 
     Raises:
-        DTypeError: object, integer, complex or any other unsupported element type; a sparse or quantized tensor.
+        DTypeError: object, integer, complex or any other unsupported element type; a sparse or quantized tensor, a
+            lazily negated one, or a masked array.
     """
     if is_torch(value):
         import torch
@@ -58,10 +60,14 @@ def host_view(value: Any, what: str) -> tuple[HostArray, DType]:
             raise DTypeError(f"{what} is a {value.layout} tensor, expected a dense one; use .to_dense() first")
         if value.device.type != "cpu":
             raise DTypeError(f"{what} is on {value.device}, expected a host tensor; use .cpu() first")
+        if value.is_neg():
+            raise DTypeError(f"{what} is a view that torch negates when it is read; use .resolve_neg() first")
         dtype = parse_dtype(value.dtype, f"{what} dtype")
         tensor = value.detach()
         return (tensor.view(torch.uint16) if dtype.name == "bfloat16" else tensor).numpy(), dtype
     array = np.asanyarray(value)
+    if isinstance(array, np.ma.MaskedArray):
+        raise DTypeError(f"{what} is a masked array, its mask would be lost; use .filled() first")
     if array.dtype.name == "bfloat16":  # the ml_dtypes package's type
         return array.view(DTYPES["bfloat16"].carrier), DTYPES["bfloat16"]
     dtype = parse_dtype(array.dtype.newbyteorder("="), f"{what} dtype")
@@ -69,9 +75,14 @@ def host_view(value: Any, what: str) -> tuple[HostArray, DType]:
 
 
 def host_tensor(array: HostArray, dtype: DType) -> torch.Tensor:
-    """A torch view of a native-endian host array in its carrier type; read-only memory is copied."""
+    """A torch view of a native-endian host array in its carrier type.
+
+    Copied where torch can't view it: read-only memory, and strides that are negative or cut through elements.
+    """
     import torch
 
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = array.copy()
     tensor = torch.from_numpy(np.require(array, requirements="W"))
     return tensor.view(torch.bfloat16) if dtype.name == "bfloat16" else tensor
 
@@ -102,7 +113,7 @@ def check_scaling_factor(value: Any) -> float:
     """
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise OptionError(f"scaling_factor is {value!r}, expected one finite number") from None
     if not math.isfinite(number):
         raise OptionError(f"scaling_factor is {number}, expected a finite number: every result would be lost")
@@ -124,20 +135,29 @@ def check_rows(shape: tuple[int, ...], in_features: int, what: str = "x") -> Non
         )
 
 
-def check_weights(weight_shape: tuple[int, ...], bias_shape: tuple[int, ...] | None) -> None:
-    """Raises:
-    ShapeError: the weight isn't (out_features, in_features) with both at least 1, or the bias isn't (out_features,).
+def check_weights(
+    weight_shape: tuple[int, ...],
+    bias_shape: tuple[int, ...] | None,
+    *,
+    weight: str = "weight",
+    bias: str = "the bias",
+) -> None:
+    """`weight` and `bias` are what messages call them.
+
+    Raises:
+        ShapeError: the weight isn't (out_features, in_features) with both at least 1, or the bias isn't
+            (out_features,).
     """
     if len(weight_shape) != 2:
-        raise ShapeError(f"weight has shape {tuple(weight_shape)}, expected 2 dimensions (out_features, in_features)")
+        raise ShapeError(f"{weight} has shape {tuple(weight_shape)}, expected 2 dimensions (out_features, in_features)")
     if 0 in weight_shape:
-        raise ShapeError(f"weight has shape {tuple(weight_shape)}: a layer needs at least 1 feature in and out")
+        raise ShapeError(f"{weight} has shape {tuple(weight_shape)}: a layer needs at least 1 feature in and out")
     if bias_shape is not None and tuple(bias_shape) != (weight_shape[0],):
         hint = ""
         if len(bias_shape) == 2:
             hint = "; the residual is the layer's own linear output, so no residual tensor is passed"
         raise ShapeError(
-            f"the bias has shape {tuple(bias_shape)}, expected ({weight_shape[0]},): one value an output feature{hint}"
+            f"{bias} has shape {tuple(bias_shape)}, expected ({weight_shape[0]},): one value an output feature{hint}"
         )
 
 
@@ -162,10 +182,13 @@ class HostWeights:
 
         self.compute_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         self.out_features = weight.shape[0]
-        narrow = max(0, _CPU_MIN_FEATURES - self.out_features)
-        pad = torch.nn.functional.pad
-        self.transposed = pad(weight.detach().to(self.compute_dtype), (0, 0, 0, narrow)).t()
-        self.bias = None if bias is None else pad(bias.detach().to(self.compute_dtype), (0, narrow))
+        weight = weight.detach().to(self.compute_dtype)
+        bias = None if bias is None else bias.detach().to(self.compute_dtype)
+        narrow = _CPU_MIN_FEATURES - self.out_features
+        if narrow > 0:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, narrow))
+            bias = None if bias is None else torch.nn.functional.pad(bias, (0, narrow))
+        self.transposed, self.bias = weight.t(), bias
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, scaling_factor: float, first_row: int = 0) -> None:
         """out[:] = layer(x), rounded once. `first_row` is the row's number in its dataset (see CPU_ROW_GRID).
@@ -179,15 +202,16 @@ class HostWeights:
             stop = min(start + _CPU_BLOCK_ROWS, rows)
             first = max(start, 0)
             block_rows = -(-(stop - start) // CPU_ROW_GRID) * CPU_ROW_GRID
-            if block_rows == stop - first:
-                block = x[first:stop].to(self.compute_dtype)
-            else:
-                block = torch.zeros(block_rows, x.shape[1], dtype=self.compute_dtype)
+            block = x[first:stop]
+            in_place = block.dtype == self.compute_dtype and block.is_contiguous() and block.data_ptr() % 64 == 0
+            if block_rows != stop - first or not in_place:
+                block = torch.zeros(block_rows, x.shape[1], dtype=self.compute_dtype, device="cpu")
                 block[first - start : stop - start] = x[first:stop]
-            if self.bias is None:
-                z = block @ self.transposed
-            else:
-                z = torch.addmm(self.bias, block, self.transposed)
+            with torch.autocast("cpu", enabled=False):  # the caller's autocast would round z
+                if self.bias is None:
+                    z = block @ self.transposed
+                else:
+                    z = torch.addmm(self.bias, block, self.transposed)
             z = z[first - start : stop - start, : self.out_features]
             out[first:stop] = torch.from_numpy(sigmoid_scale_add(z.numpy(), scaling_factor))
 
@@ -213,19 +237,20 @@ def launch_on_gpu(
         x = x.contiguous()
     ordinal = x.device.index
     problem = Problem(parse_dtype(x.dtype), parse_dtype(out.dtype), precision, weight.shape[1], weight.shape[0])
-    Launcher.for_device(ordinal).launch(
-        torch.cuda.current_stream(ordinal).cuda_stream,
-        problem,
-        rows=x.shape[0],
-        x=x.data_ptr(),
-        x_stride=x.stride(0),
-        w=weight.data_ptr(),
-        w_stride=weight.stride(0),
-        bias=0 if bias is None else bias.data_ptr(),
-        y=out.data_ptr(),
-        y_stride=out.stride(0),
-        scaling_factor=scaling_factor,
-    )
+    with torch.cuda.device(ordinal):  # the launcher makes this GPU current; the caller's comes back
+        Launcher.for_device(ordinal).launch(
+            torch.cuda.current_stream(ordinal).cuda_stream,
+            problem,
+            rows=x.shape[0],
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            w=weight.data_ptr(),
+            w_stride=weight.stride(0),
+            bias=0 if bias is None else bias.data_ptr(),
+            y=out.data_ptr(),
+            y_stride=out.stride(0),
+            scaling_factor=scaling_factor,
+        )
 
 
 class FusedLinear:
@@ -279,7 +304,7 @@ class FusedLinear:
 
     @classmethod
     def from_file(
-        cls, path: str | PathLike[str], scaling_factor: float = 1.0, *, precision: str | None = None
+        cls, path: str | os.PathLike[str], scaling_factor: float = 1.0, *, precision: str | None = None
     ) -> FusedLinear:
         """The layer with the tensors `weight` and, if there, `bias` of a .safetensors file.
 
@@ -324,10 +349,14 @@ class FusedLinear:
         self.check_dtype(dtype)
         if out is None:
             out = _empty_like(x, (array.shape[0], self.out_features))
+        elif not (is_torch(out) or isinstance(out, np.ndarray)):
+            raise OptionError(f"out is a {type(out).__name__}, expected a NumPy array or a torch CPU tensor")
         out_array, out_dtype = host_view(out, "out")
         check_out(out_array.shape, (array.shape[0], self.out_features))
         if not out_array.flags.writeable:
             raise OptionError("out is read-only; pass an array that can be written")
+        if any(stride == 0 and size > 1 for stride, size in zip(out_array.strides, out_array.shape, strict=True)):
+            raise OptionError(f"out has strides {out_array.strides} bytes: its elements overlap each other")
         if np.may_share_memory(array, out_array):
             raise OptionError("out overlaps x; pass other memory, the layer can't run in place")
         native = array if array.dtype.isnative else array.astype(dtype.carrier)
@@ -353,8 +382,10 @@ class FusedLinear:
         DTypeError: `dtype` isn't the layer's.
         """
         if dtype is not self.dtype:
-            convert = "uint16 holds no numbers here" if dtype.name == "bfloat16" else f"x.astype('{self.dtype}')"
-            raise DTypeError(f"{what} is {dtype}, the layer's weights are {self.dtype}: convert one, e.g. {convert}")
+            raise DTypeError(
+                f"{what} is {dtype}, the layer's weights are {self.dtype}: convert one, for example with "
+                f".astype('{self.dtype}') in NumPy or .to(torch.{self.dtype}) in torch"
+            )
 
     def host_weights(self) -> HostWeights:
         """The weights as the CPU computes with them, made once."""
@@ -429,13 +460,15 @@ def _empty_like(x: Any, shape: tuple[int, int]) -> Any:
     if is_torch(x):
         import torch
 
-        return torch.empty(shape, dtype=x.dtype)
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
     return np.empty(shape, np.asanyarray(x).dtype.newbyteorder("="))
 
 
-def _read_safetensors(path: str | PathLike[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _read_safetensors(path: str | os.PathLike[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
     from safetensors import SafetensorError, safe_open
 
+    if os.path.isdir(path):
+        raise FileFormatError(f"{path} is a directory, expected a .safetensors file")
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
