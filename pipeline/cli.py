@@ -202,7 +202,7 @@ def _progress_bar(layer: FusedLinear, out_itemsize: int, wanted: bool) -> Iterat
     gb_out = layer.out_features * out_itemsize / 1e9
     columns = (
         progress.TaskProgressColumn(),
-        progress.BarColumn(),
+        progress.BarColumn(bar_width=16),  # the line fits 80 columns
         progress.TextColumn("{task.description}"),
         progress.TimeRemainingColumn(),
         progress.TextColumn("left"),
@@ -212,7 +212,7 @@ def _progress_bar(layer: FusedLinear, out_itemsize: int, wanted: bool) -> Iterat
 
         def show(done: Progress) -> None:
             rate = done.rows_per_s
-            text = f"{rate:,.0f} rows/s, {rate * gb_in:.2f} GB/s in, {rate * gb_out:.2f} GB/s out"
+            text = f"{rate:,.0f} rows/s, {rate * gb_in:.1f} GB/s in, {rate * gb_out:.1f} out"
             bar.update(task, completed=done.rows_done, total=done.rows_total, description=text)
 
         yield show

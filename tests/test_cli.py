@@ -510,9 +510,9 @@ def test_process_ends_quietly_when_its_reader_has_gone() -> None:
 
 
 def on_terminal(args: list[str]) -> tuple[str, str]:
-    """Standard output, and what standard error shows on a terminal of 100 columns."""
+    """Standard output, and what standard error shows on a terminal of 80 columns."""
     terminal, stderr = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     command = [sys.executable, "-m", "pipeline", *args]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment) as process:
         os.close(stderr)
@@ -532,7 +532,7 @@ def on_terminal(args: list[str]) -> tuple[str, str]:
 
 def test_process_draws_a_bar_on_a_terminal(job: Job) -> None:
     out, shown = on_terminal(job.args("--chunk-rows", "16"))
-    for expected in ("100%", "rows/s", "GB/s in", "left"):
+    for expected in ("100%", "rows/s, ", "GB/s in, ", " out", "left"):
         assert expected in shown
     assert "300 rows in" in out and "\x1b" not in out
 
