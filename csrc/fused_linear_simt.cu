@@ -7,9 +7,11 @@
 // kNumStages k-tiles, each BLOCK_M rows of x above BLOCK_N rows of w, BLOCK_K floats a row plus 4 of padding. The
 // pitch of 36 floats puts 16-byte reads of 8 consecutive rows into different banks.
 //
-// Sums: products of each block of BLOCK_K = 32 are summed in order by FMA, then the block's sum is added to the
-// total. One running sum over k = 8192 would have three times the vendor's error; this has about half of it.
-// Blocks start at k = 0 whatever the tile, so an output's bits don't depend on the number of rows or on LOAD_BYTES.
+// Sums: the products of each SUM_BLOCK of k are summed in order by FMA, then the block's sum is added to the total. In
+// units of the squared rounding error of one addition, a running sum over K costs K / 2, and this SUM_BLOCK / 2 +
+// K / (2 SUM_BLOCK): 96 instead of 4096 for K = 8192 in blocks of 64. For small K the vendor's library splits its sums
+// finely; blocks of 8 with a compensated total then cost 4. The host chooses SUM_BLOCK by in_features alone, and blocks
+// start at k = 0 whatever the tile, so an output's bits don't depend on the number of rows or on LOAD_BYTES.
 //
 // Launch: grid ceil(rows / BLOCK_M) * ceil(out_features / BLOCK_N), one dimension; block kNumThreads; dynamic shared
 // memory kSharedBytes. LOAD_BYTES (16 or 4) divides the addresses of x and w and their row strides in bytes.
@@ -19,7 +21,7 @@
 #include "ptx.cuh"
 
 template <typename Out, typename Epilogue, int BLOCK_M, int BLOCK_N, int THREADS_M, int THREADS_N, int kNumStages,
-          int LOAD_BYTES>
+          int LOAD_BYTES, int SUM_BLOCK>
 struct FusedLinearSimt {
   static constexpr int BLOCK_K = 32;
   static constexpr int kNumThreads = THREADS_M * THREADS_N;
@@ -28,6 +30,8 @@ struct FusedLinearSimt {
   static constexpr int kSharedBytes = kNumStages * kStageBytes;
   static constexpr int kRows = BLOCK_M / THREADS_M;
   static constexpr int kColumns = BLOCK_N / THREADS_N;
+  static constexpr bool kCompensated = SUM_BLOCK < BLOCK_K;
+  static constexpr int kUnroll = kCompensated ? 4 : 8;  // steps of 4 k; all 8 spill together with the compensation
 
   // One thread copies chunk `thread % 8` (16 bytes) of rows `thread / 8`, `thread / 8 + kRowsPerPass`, ...
   static constexpr int kRowsPerPass = kNumThreads / 8;
@@ -40,6 +44,7 @@ struct FusedLinearSimt {
   static_assert(BLOCK_M % kRowsPerPass == 0 && BLOCK_N % kRowsPerPass == 0, "each thread copies whole chunks");
   static_assert((kRowsPerPass & (kRowsPerPass - 1)) == 0 && (THREADS_N & (THREADS_N - 1)) == 0, "see w_row");
   static_assert(kNumStages >= 2, "one stage multiplied, one arriving");
+  static_assert(SUM_BLOCK % BLOCK_K == 0 || BLOCK_K % SUM_BLOCK == 0, "blocks of the sum and k-tiles nest");
 
   // The row of w, within the tile, kept in row `r` of shared memory: rows tn, tn + THREADS_N, ... hold four
   // neighbouring outputs, so that a thread reads without bank conflicts and stores four columns at once. A
@@ -95,10 +100,10 @@ struct FusedLinearSimt {
     }
   };
 
-  // Adds this k-tile's products to `total`: a fresh sum of 32, then one addition.
-  static __device__ __forceinline__ void multiply(float (&total)[kRows][kColumns], const char* x, const char* w) {
-    float sum[kRows][kColumns];
-#pragma unroll
+  // Adds this k-tile's products to `sum`, in order.
+  static __device__ __forceinline__ void multiply(float (&total)[kRows][kColumns], float (&sum)[kRows][kColumns],
+                                                  const char* x, const char* w) {
+#pragma unroll kUnroll
     for (int k = 0; k < BLOCK_K; k += 4) {
       float4 w4[kColumns];
 #pragma unroll
@@ -109,9 +114,7 @@ struct FusedLinearSimt {
       for (int i = 0; i < kRows; ++i) {
         const float4 x4 = *reinterpret_cast<const float4*>(x + i * THREADS_M * kPitchBytes + k * sizeof(float));
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          sum[i][j] = k == 0 ? __fmul_rn(x4.x, w4[j].x) : __fmaf_rn(x4.x, w4[j].x, sum[i][j]);
-        }
+        for (int j = 0; j < kColumns; ++j) sum[i][j] = __fmaf_rn(x4.x, w4[j].x, sum[i][j]);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) sum[i][j] = __fmaf_rn(x4.y, w4[j].y, sum[i][j]);
 #pragma unroll
@@ -119,11 +122,26 @@ struct FusedLinearSimt {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) sum[i][j] = __fmaf_rn(x4.w, w4[j].w, sum[i][j]);
       }
+      if (SUM_BLOCK <= BLOCK_K && (k + 4) % SUM_BLOCK == 0) fold(total, sum);
     }
+  }
+
+  // Adds a block's sum to the total. What the addition rounds away opens the next block (Kahan's compensation) where
+  // kCompensated; an infinite total leaves nothing that could turn it into NaN.
+  static __device__ __forceinline__ void fold(float (&total)[kRows][kColumns], float (&sum)[kRows][kColumns]) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) total[i][j] = __fadd_rn(total[i][j], sum[i][j]);
+      for (int j = 0; j < kColumns; ++j) {
+        const float next = __fadd_rn(total[i][j], sum[i][j]);
+        if constexpr (kCompensated) {
+          const float lost = __fsub_rn(sum[i][j], __fsub_rn(next, total[i][j]));
+          sum[i][j] = fabsf(next) < __int_as_float(0x7f800000) ? lost : 0.0f;
+        } else {
+          sum[i][j] = 0.0f;
+        }
+        total[i][j] = next;
+      }
     }
   }
 
@@ -164,16 +182,19 @@ struct FusedLinearSimt {
       ptx::cp_async_commit();
     }
 
-    // A warp's 32 threads sit 4 x 8 in the THREADS_M x THREADS_N grid.
+    // A warp's 32 threads sit 4 x 8 in the THREADS_M x THREADS_N grid, interleaved.
+    // NOTE: a 16-byte shared load takes four passes, or two where lanes i and i ^ 1 (or i ^ 2) all read one address:
+    // lane bit 0 belongs to m, which w's loads don't see, and bit 1 to n, which x's don't.
     constexpr int kWarpsN = THREADS_N / 8;
     const int lane = threadIdx.x % 32;
     const int warp = threadIdx.x / 32;
-    const int thread_m = warp / kWarpsN * 4 + lane / 8;
-    const int thread_n = warp % kWarpsN * 8 + lane % 8;
+    const int thread_m = warp / kWarpsN * 4 + lane / 16 * 2 + lane % 2;
+    const int thread_n = warp % kWarpsN * 8 + lane / 2 % 8;
     const char* x = shared_bytes + thread_m * kPitchBytes;
     const char* w = shared_bytes + (BLOCK_M + thread_n) * kPitchBytes;
 
     float total[kRows][kColumns] = {};
+    float sum[kRows][kColumns] = {};
     int read_stage = 0;
     int write_stage = kNumStages - 1;
     const int k_tiles = (args.in_features + BLOCK_K - 1) / BLOCK_K;
@@ -184,11 +205,13 @@ struct FusedLinearSimt {
       __syncthreads();
       loader.load_stage(write_stage);
       ptx::cp_async_commit();
-      multiply(total, x + read_stage * kStageBytes, w + read_stage * kStageBytes);
+      multiply(total, sum, x + read_stage * kStageBytes, w + read_stage * kStageBytes);
+      if (SUM_BLOCK > BLOCK_K && (k_tile + 1) % (SUM_BLOCK / BLOCK_K) == 0) fold(total, sum);
       read_stage = read_stage + 1 == kNumStages ? 0 : read_stage + 1;
       write_stage = write_stage + 1 == kNumStages ? 0 : write_stage + 1;
     }
     ptx::cp_async_wait<0>();
+    fold(total, sum);
 
     store(args, m0 + thread_m, n0 + thread_n * 4, total);
   }
