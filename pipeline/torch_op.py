@@ -68,7 +68,7 @@ def fused_gemm_sigmoid_scale_add(
     if not isinstance(scaling_factor, (float, int)):
         scaling_factor = check_scaling_factor(scaling_factor)  # type: ignore[unreachable]
     device_type = A.device.type
-    if torch.is_autocast_enabled(device_type):
+    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         A, B, C = _autocast(A, dtype), _autocast(B, dtype), _autocast(C, dtype)
         if A.dtype != torch.float32:
