@@ -48,7 +48,7 @@ def test_select_gives_the_reference_layer_the_large_tile() -> None:
     assert select("sm_90a", BF16, 1024, 16).description == "fused_linear_sm80<bfloat16, 128x256x64, 4 stages>"
     assert select("sm_80", TF32, 1024, 16).description == "fused_linear_sm80<tf32, 128x256x32, 3 stages>"
     assert select("sm_86", BF16, 1024, 16).description == "fused_linear_sm80<bfloat16, 128x128x64, 3 stages>"
-    assert select("sm_90a", IEEE, 1024, 16).description == "fused_linear_simt<ieee, 128x128x32, 2 stages>"
+    assert select("sm_90a", IEEE, 1024, 16).description == "fused_linear_simt<ieee, 128x128x32, 2 stages, sums of 64>"
 
 
 def test_select_gives_few_rows_a_small_tile() -> None:

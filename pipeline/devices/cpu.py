@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -86,7 +87,12 @@ class CpuDevice(Device):
         return time.perf_counter()
 
     def free_bytes(self) -> int | None:
-        return None
+        """Memory that could be used without swapping, where the system tells (Linux)."""
+        try:
+            fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+            return int(fields["MemAvailable"].split()[0]) * 1024
+        except (OSError, KeyError):
+            return None
 
     def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
         self._layer, self._out_dtype = layer, out_dtype
@@ -102,7 +108,9 @@ class CpuDevice(Device):
                 np.empty((chunk_rows, layer.out_features), self._out_dtype.carrier) for _ in range(num_streams)
             ]
         except (MemoryError, ValueError) as error:  # ValueError: more bytes than an address can name
-            raise DeviceMemoryError(f"{num_streams} chunks of {chunk_rows} rows don't fit in memory") from error
+            raise DeviceMemoryError(
+                f"{num_streams} chunks of {chunk_rows} rows don't fit in memory; use smaller chunk_rows or num_streams"
+            ) from error
         self._last = [None] * num_streams
 
     def pinned(self, n_bytes: int) -> HostArray:

@@ -10,83 +10,47 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import GIB, DType
 from pipeline.devices.base import Device, DeviceRows, Operation
-from pipeline.errors import DeviceError, DeviceMemoryError, DriverError
+from pipeline.errors import DeviceError, DeviceMemoryError
+from pipeline.kernels.driver import call, call_error, count_gpus, driver
 from pipeline.kernels.launch import Launcher
 from pipeline.kernels.select import Problem, runs_as
 from pipeline.layer import FusedLinear, HostArray
 
+__all__ = ["CudaDevice", "count_gpus"]
+
 _REBASE_S = 30.0  # cuEventElapsedTime gives float32 milliseconds: 2 us of error after 30 s
-
-
-def _check(result: tuple[Any, ...], call: str) -> Any:
-    """The value of a driver call.
-
-    Raises:
-        DeviceMemoryError: out of memory. DriverError: any other failure.
-    """
-    from cuda.bindings import driver
-
-    error = result[0]
-    if error != driver.CUresult.CUDA_SUCCESS:
-        name = getattr(error, "name", str(error))
-        text = driver.cuGetErrorString(error)[1]
-        message = f"{call} failed: {name} ({text.decode() if isinstance(text, bytes) else text})"
-        if error == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
-            raise DeviceMemoryError(f"{message}; use smaller chunk_rows or num_streams, or free memory on the GPU")
-        raise DriverError(message, name)
-    return result[1] if len(result) == 2 else result[1:]
-
-
-def count_gpus() -> int:
-    """Visible NVIDIA GPUs; 0 where there is no driver.
-
-    Raises:
-        DriverError: there is a driver, but it doesn't work.
-    """
-    try:
-        from cuda.bindings import driver
-
-        result = driver.cuInit(0)
-    except (ImportError, RuntimeError, OSError):  # no package, or no libcuda on this machine
-        return 0
-    if result[0] in (driver.CUresult.CUDA_ERROR_NO_DEVICE, driver.CUresult.CUDA_ERROR_STUB_LIBRARY):
-        return 0
-    _check(result, "cuInit")
-    return int(_check(driver.cuDeviceGetCount(), "cuDeviceGetCount"))
 
 
 class _EventPool:
     """Timing events, reused; and the base event that ties their times to the host's clock."""
 
     def __init__(self, stream: Any) -> None:
-        from cuda.bindings import driver
-
-        self._driver = driver
         self._free: deque[Any] = deque()
         self._all: list[Any] = []
         self._stream = stream
         self.base, self.base_s = self._new_base()
 
     def _create(self) -> Any:
-        event = _check(self._driver.cuEventCreate(0), "cuEventCreate")
+        event = call("cuEventCreate", 0)
         self._all.append(event)
         return event
 
     def _new_base(self) -> tuple[Any, float]:
         event = self._create()
-        _check(self._driver.cuEventRecord(event, self._stream), "cuEventRecord")
-        _check(self._driver.cuEventSynchronize(event), "cuEventSynchronize")
+        call("cuEventRecord", event, self._stream)
+        call("cuEventSynchronize", event)
         return event, time.perf_counter()
 
     def record(self, stream: Any) -> Any:
         event = self._free.popleft() if self._free else self._create()
-        _check(self._driver.cuEventRecord(event, stream), "cuEventRecord")
+        call("cuEventRecord", event, stream)
         return event
 
     def release(self, *events: Any) -> None:
@@ -99,16 +63,16 @@ class _EventPool:
         """
         if time.perf_counter() - self.base_s > _REBASE_S:
             event = self.record(self._stream)
-            _check(self._driver.cuEventSynchronize(event), "cuEventSynchronize")
+            call("cuEventSynchronize", event)
             self.base_s += self.elapsed_s(self.base, event)
             self.base = event
 
     def elapsed_s(self, start: Any, end: Any) -> float:
-        return float(_check(self._driver.cuEventElapsedTime(start, end), "cuEventElapsedTime")) * 1e-3
+        return float(call("cuEventElapsedTime", start, end)) * 1e-3
 
     def close(self) -> None:
         for event in self._all:
-            self._driver.cuEventDestroy(event)
+            driver().cuEventDestroy(event)
         self._all.clear()
         self._free.clear()
 
@@ -119,16 +83,17 @@ class _CudaOperation:
     def __init__(self, pool: _EventPool, start: Any, end: Any, what: str) -> None:
         self._pool, self._start, self._end, self._what = pool, start, end, what
         self._base, self._base_s = pool.base, pool.base_s
+        self._query, self._not_ready = driver().cuEventQuery, driver().CUresult.CUDA_ERROR_NOT_READY
         self._times: tuple[float, float] | None = None
 
     def done(self) -> bool:
         if self._times is not None:
             return True
-        driver = self._pool._driver
-        result = driver.cuEventQuery(self._end)
-        if result[0] == driver.CUresult.CUDA_ERROR_NOT_READY:
+        (code,) = self._query(self._end)
+        if code == self._not_ready:
             return False
-        _check(result, self._what)
+        if code != 0:
+            raise call_error(self._what, code)
         elapsed = self._pool.elapsed_s
         self._times = (
             self._base_s + elapsed(self._base, self._start),
@@ -147,9 +112,6 @@ class CudaDevice(Device):
     """GPU `ordinal`. Holds device memory for the weights and the slots, pinned host memory, streams and events."""
 
     def __init__(self, ordinal: int) -> None:
-        from cuda.bindings import driver
-
-        self._driver = driver
         self._pid = os.getpid()
         self._launcher = Launcher.for_device(ordinal)
         self.ordinal = ordinal
@@ -165,8 +127,7 @@ class CudaDevice(Device):
         self._events = _EventPool(self._control)
 
     def _new_stream(self) -> Any:
-        flags = self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING
-        return _check(self._driver.cuStreamCreate(flags), "cuStreamCreate")
+        return call("cuStreamCreate", driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
 
     def bind(self) -> None:
         """Make the GPU's primary context current in this thread.
@@ -186,11 +147,11 @@ class CudaDevice(Device):
 
     def free_bytes(self) -> int | None:
         self.bind()
-        return int(_check(self._driver.cuMemGetInfo(), "cuMemGetInfo")[0])
+        return int(call("cuMemGetInfo")[0])
 
     def _allocate(self, n_bytes: int, owner: list[int], what: str) -> int:
         try:
-            address = int(_check(self._driver.cuMemAlloc(max(1, n_bytes)), "cuMemAlloc"))
+            address = int(call("cuMemAlloc", max(1, n_bytes)))
         except DeviceMemoryError as error:
             raise DeviceMemoryError(
                 f"{what} needs {n_bytes / GIB:.2f} GiB on {self.name}, {(self.free_bytes() or 0) / GIB:.2f} GiB are "
@@ -213,7 +174,7 @@ class CudaDevice(Device):
 
     def _upload_weights(self, array: HostArray, what: str) -> int:
         address = self._allocate(array.nbytes, self._weights, what)
-        _check(self._driver.cuMemcpyHtoD(address, array.ctypes.data, array.nbytes), "cuMemcpyHtoD")
+        call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
         return address
 
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
@@ -227,8 +188,7 @@ class CudaDevice(Device):
 
     def pinned(self, n_bytes: int) -> HostArray:
         self.bind()
-        flags = self._driver.CU_MEMHOSTALLOC_PORTABLE
-        address = int(_check(self._driver.cuMemHostAlloc(max(1, n_bytes), flags), "cuMemHostAlloc"))
+        address = int(call("cuMemHostAlloc", max(1, n_bytes), driver().CU_MEMHOSTALLOC_PORTABLE))
         self._pinned.append(address)
         return _memory_at(address, n_bytes)
 
@@ -238,39 +198,35 @@ class CudaDevice(Device):
         return self._is_pinned(first) and self._is_pinned(first + rows.nbytes - 1)
 
     def _is_pinned(self, address: int) -> bool:
-        attribute = self._driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE
-        result = self._driver.cuPointerGetAttribute(attribute, address)
-        if result[0] == self._driver.CUresult.CUDA_ERROR_INVALID_VALUE:  # memory that CUDA doesn't know: pageable
+        api = driver()
+        code, kind = api.cuPointerGetAttribute(api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)
+        if code == api.CUresult.CUDA_ERROR_INVALID_VALUE:  # memory that CUDA doesn't know: pageable
             return False
-        kind = _check(result, "cuPointerGetAttribute")
-        return bool(int(kind) == int(self._driver.CUmemorytype.CU_MEMORYTYPE_HOST))
+        if code != 0:
+            raise call_error("cuPointerGetAttribute", code)
+        return bool(int(kind) == int(api.CUmemorytype.CU_MEMORYTYPE_HOST))
 
-    def _timed(self, stream: Any, what: str, call: str, queue: Any) -> Operation:
+    def _timed(self, slot: int, what: str, queue: Callable[[], None]) -> Operation:
+        """Queue work on the slot's stream between two timing events."""
+        stream = self._streams[slot]
         start = self._events.record(stream)
-        result = queue()
-        if result is not None:
-            _check(result, call)
-        return _CudaOperation(self._events, start, self._events.record(stream), what)
+        queue()
+        return _CudaOperation(self._events, start, self._events.record(stream), f"{what} on stream {slot}")
 
     def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
-        stream, target = self._streams[slot], self._inputs[slot] + first * self._in_row_bytes
-        return self._timed(
-            stream,
-            f"H2D copy on stream {slot}",
-            "cuMemcpyHtoDAsync",
-            lambda: self._driver.cuMemcpyHtoDAsync(target, rows.__array_interface__["data"][0], rows.nbytes, stream),
-        )
+        target, source = self._inputs[slot] + first * self._in_row_bytes, rows.__array_interface__["data"][0]
+        stream = self._streams[slot]
+        return self._timed(slot, "H2D copy", lambda: call("cuMemcpyHtoDAsync", target, source, rows.nbytes, stream))
 
     def compute(
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
-        layer, stream = self._layer, self._streams[slot]
+        layer = self._layer
         return self._timed(
-            stream,
-            f"kernel on stream {slot}",
-            "launch",
+            slot,
+            "kernel",
             lambda: self._launcher.launch(
-                int(stream),
+                int(self._streams[slot]),
                 self._problem,
                 rows=rows,
                 x=self._inputs[slot] if source is None else source.address,
@@ -285,13 +241,9 @@ class CudaDevice(Device):
         )
 
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
-        stream, source = self._streams[slot], self._outputs[slot] + first * self._out_row_bytes
-        return self._timed(
-            stream,
-            f"D2H copy on stream {slot}",
-            "cuMemcpyDtoHAsync",
-            lambda: self._driver.cuMemcpyDtoHAsync(rows.__array_interface__["data"][0], source, rows.nbytes, stream),
-        )
+        source, target = self._outputs[slot] + first * self._out_row_bytes, rows.__array_interface__["data"][0]
+        stream = self._streams[slot]
+        return self._timed(slot, "D2H copy", lambda: call("cuMemcpyDtoHAsync", target, source, rows.nbytes, stream))
 
     def order_after(self, tensor: Any) -> None:
         import torch
@@ -299,7 +251,7 @@ class CudaDevice(Device):
         self.bind()
         event = self._events.record(torch.cuda.current_stream(tensor.device).cuda_stream)
         for stream in self._streams:
-            _check(self._driver.cuStreamWaitEvent(stream, event, 0), "cuStreamWaitEvent")
+            call("cuStreamWaitEvent", stream, event, 0)
 
     def idle(self) -> None:
         self._events.rebase()
@@ -308,21 +260,22 @@ class CudaDevice(Device):
     def synchronize(self) -> None:
         self.bind()
         for stream in self._streams:
-            _check(self._driver.cuStreamSynchronize(stream), "cuStreamSynchronize")
+            call("cuStreamSynchronize", stream)
 
     def close(self) -> None:
         """Free everything. Errors of the driver are of no use any more and are not raised: a lost GPU frees nothing."""
         if os.getpid() != self._pid or self._control is None:
             return
         self.bind()
+        api = driver()
         for stream in [*self._streams, self._control]:
-            self._driver.cuStreamSynchronize(stream)
-            self._driver.cuStreamDestroy(stream)
+            api.cuStreamSynchronize(stream)
+            api.cuStreamDestroy(stream)
         self._events.close()
         for address in self._weights + self._buffers:
-            self._driver.cuMemFree(address)
+            api.cuMemFree(address)
         for address in self._pinned:
-            self._driver.cuMemFreeHost(address)
+            api.cuMemFreeHost(address)
         self._control = None
         self._streams, self._weights, self._buffers, self._pinned = [], [], [], []
         self._inputs, self._outputs = [], []

@@ -42,7 +42,7 @@ class _SimOperation:
     def __init__(self, start_s: float, end_s: float) -> None:
         self.start_s, self.end_s = start_s, end_s
         self.completed = False
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def done(self) -> bool:
         if self.error is not None:
@@ -129,7 +129,7 @@ class SimDevice(Device):
                 if error is not None:
                     raise error
                 at_end()
-            except Exception as failure:  # handed to the executor by done()
+            except BaseException as failure:  # handed to the executor by done()
                 operation.error = failure
             operation.completed = True
 

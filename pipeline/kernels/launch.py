@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipeline.errors import DeviceNotFoundError, DriverError, ShapeError
+from pipeline.errors import DeviceNotFoundError, ShapeError
 from pipeline.kernels.compile import compile_variant
+from pipeline.kernels.driver import call, driver
 from pipeline.kernels.select import Problem, Variant, alignment, architecture, select
 
 _MAX_STRIDE_BYTES = 2**32 - 1
@@ -73,26 +74,23 @@ class Launcher:
             if ordinal not in cls._launchers:
                 cls._launchers[ordinal] = cls(ordinal)
             launcher = cls._launchers[ordinal]
-        launcher._call("cuCtxSetCurrent", launcher._context)
+        call("cuCtxSetCurrent", launcher._context)
         return launcher
 
     def __init__(self, ordinal: int) -> None:
-        self._driver = _driver()
-        device_count = self._call("cuDeviceGetCount")
+        device_count = call("cuDeviceGetCount")
         if not 0 <= ordinal < device_count:
             raise DeviceNotFoundError(
                 f"device is cuda:{ordinal}, this machine shows {device_count} (see CUDA_VISIBLE_DEVICES and nvidia-smi)"
             )
-        device = self._call("cuDeviceGet", ordinal)
-        attributes = self._driver.CUdevice_attribute
-        major = self._call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
-        minor = self._call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
-        self.name = self._call("cuDeviceGetName", 256, device).split(b"\0")[0].decode()
+        device = call("cuDeviceGet", ordinal)
+        attributes = driver().CUdevice_attribute
+        major = call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device)
+        minor = call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
+        self.name = call("cuDeviceGetName", 256, device).split(b"\0")[0].decode()
         self.arch = architecture(major, minor, self.name)
-        self.multiprocessors = self._call(
-            "cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device
-        )
-        self._context = self._call("cuDevicePrimaryCtxRetain", device)
+        self.multiprocessors = call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)
+        self._context = call("cuDevicePrimaryCtxRetain", device)
         self._kernels: dict[Variant, LoadedKernel] = {}
         self._lock = threading.Lock()
         self._plan = functools.lru_cache(maxsize=1024)(self._make_plan)
@@ -163,10 +161,10 @@ class Launcher:
             if variant not in self._kernels:
                 compiled = compile_variant(variant, self.arch)
                 with self._current_context():
-                    module = self._call("cuModuleLoadData", compiled.cubin)
-                    function = self._call("cuModuleGetFunction", module, variant.kernel.encode())
-                    attribute = self._driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    self._call("cuFuncSetAttribute", function, attribute, variant.shared_bytes)
+                    module = call("cuModuleLoadData", compiled.cubin)
+                    function = call("cuModuleGetFunction", module, variant.kernel.encode())
+                    attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+                    call("cuFuncSetAttribute", function, attribute, variant.shared_bytes)
                 self._kernels[variant] = LoadedKernel(variant, function, compiled.report.registers)
             return self._kernels[variant]
 
@@ -186,7 +184,7 @@ class Launcher:
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))  # the driver copies the argument before returning
         variant = kernel.variant
         with self._current_context():
-            self._call(
+            call(
                 "cuLaunchKernel",
                 kernel.function,
                 *(blocks, 1, 1),
@@ -200,54 +198,14 @@ class Launcher:
     @contextmanager
     def _current_context(self) -> Iterator[None]:
         """The device's context, current in the calling thread; whatever was current comes back at the end."""
-        if int(self._call("cuCtxGetCurrent")) == int(self._context):
+        if int(call("cuCtxGetCurrent")) == int(self._context):
             yield
             return
-        self._call("cuCtxPushCurrent", self._context)
+        call("cuCtxPushCurrent", self._context)
         try:
             yield
         finally:
-            self._call("cuCtxPopCurrent")
-
-    def _call(self, name: str, *arguments: Any) -> Any:
-        """Calls a driver function and returns its result.
-
-        Raises:
-            DriverError: names the call and the error.
-        """
-        code, *results = getattr(self._driver, name)(*arguments)
-        if code != 0:
-            label = _error_text(self._driver, self._driver.cuGetErrorName, code)
-            reason = _error_text(self._driver, self._driver.cuGetErrorString, code)
-            raise DriverError(f"{name} failed: {label} ({reason})", label)
-        return results[0] if results else None
-
-
-def _error_text(driver: Any, lookup: Any, code: Any) -> str:
-    status, text = lookup(code)
-    return text.decode() if status == 0 and text else str(code)
-
-
-@functools.cache
-def _driver() -> Any:
-    """The initialised driver API.
-
-    Raises:
-        DeviceNotFoundError: no cuda-bindings, no driver or no GPU.
-    """
-    try:
-        from cuda.bindings import driver
-
-        (code,) = driver.cuInit(0)
-    except (ImportError, RuntimeError) as error:  # bindings raise RuntimeError where libcuda is missing
-        raise DeviceNotFoundError(
-            f"the CUDA driver can't be loaded: {error}; install an NVIDIA driver and cuda-bindings, or use "
-            f"devices='cpu'"
-        ) from error
-    if code != 0:
-        label = _error_text(driver, driver.cuGetErrorName, code)
-        raise DeviceNotFoundError(f"cuInit failed: {label}; check nvidia-smi, or use devices='cpu'")
-    return driver
+            call("cuCtxPopCurrent")
 
 
 def _check_range(what: str, value: int, largest: int) -> None:

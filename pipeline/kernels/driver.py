@@ -1,0 +1,75 @@
+"""The CUDA driver API through cuda-python, with every call checked."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from pipeline.errors import DeviceMemoryError, DeviceNotFoundError, DriverError
+
+
+@functools.cache
+def driver() -> Any:
+    """The initialised driver API, `cuda.bindings.driver`.
+
+    Raises:
+        DeviceNotFoundError: no cuda-bindings, no driver or no GPU.
+    """
+    try:
+        from cuda.bindings import driver as bindings
+
+        (code,) = bindings.cuInit(0)
+    except (ImportError, RuntimeError) as error:  # bindings raise RuntimeError where libcuda is missing
+        raise DeviceNotFoundError(
+            f"the CUDA driver can't be loaded: {error}; install an NVIDIA driver and cuda-bindings, or use "
+            f"devices='cpu'"
+        ) from error
+    if code != 0:
+        label = _error_text(bindings.cuGetErrorName, code)
+        raise DeviceNotFoundError(f"cuInit failed: {label}; check nvidia-smi, or use devices='cpu'")
+    return bindings
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call a driver function by its name and return its result: None, one value or a list.
+
+    Raises:
+        DeviceMemoryError: out of memory. DriverError: any other failure. Both name the call and the error.
+    """
+    code, *results = getattr(driver(), name)(*arguments)
+    if code != 0:
+        raise call_error(name, code)
+    return (results[0] if len(results) == 1 else results) if results else None
+
+
+def call_error(what: str, code: Any) -> DriverError | DeviceMemoryError:
+    """The exception for a call, or an asynchronous operation, that ended with an error code."""
+    label = _error_text(driver().cuGetErrorName, code)
+    message = f"{what} failed: {label} ({_error_text(driver().cuGetErrorString, code)})"
+    if label == "CUDA_ERROR_OUT_OF_MEMORY":
+        return DeviceMemoryError(f"{message}; use smaller chunk_rows or num_streams, or free memory on the GPU")
+    return DriverError(message, label)
+
+
+def _error_text(lookup: Any, code: Any) -> str:
+    status, text = lookup(code)
+    return text.decode() if status == 0 and text else str(code)
+
+
+def count_gpus() -> int:
+    """Visible NVIDIA GPUs; 0 where there is no driver or no GPU.
+
+    Raises:
+        DriverError: there is a driver, but it doesn't work.
+    """
+    try:
+        from cuda.bindings import driver as bindings
+
+        (code,) = bindings.cuInit(0)
+    except (ImportError, RuntimeError):  # no cuda-bindings, or no libcuda on this machine
+        return 0
+    if code in (bindings.CUresult.CUDA_ERROR_NO_DEVICE, bindings.CUresult.CUDA_ERROR_STUB_LIBRARY):
+        return 0
+    if code != 0:
+        raise DriverError(f"cuInit failed: {_error_text(bindings.cuGetErrorName, code)}; check nvidia-smi")
+    return int(call("cuDeviceGetCount"))
