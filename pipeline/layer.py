@@ -355,7 +355,8 @@ class FusedLinear:
         check_out(out_array.shape, (array.shape[0], self.out_features))
         if not out_array.flags.writeable:
             raise OptionError("out is read-only; pass an array that can be written")
-        if any(stride == 0 and size > 1 for stride, size in zip(out_array.strides, out_array.shape, strict=True)):
+        strides = zip(out_array.strides, out_array.shape, strict=True)
+        if out_array.size and any(stride == 0 and size > 1 for stride, size in strides):
             raise OptionError(f"out has strides {out_array.strides} bytes: its elements overlap each other")
         if np.may_share_memory(array, out_array):
             raise OptionError("out overlaps x; pass other memory, the layer can't run in place")

@@ -1,0 +1,608 @@
+"""The layer on the host: constructors, in-memory batches, bits, bad input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import hypothesis.extra.numpy as hnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from pipeline import DTypeError, FileFormatError, FusedLinear, InputError, OptionError, ShapeError
+from pipeline.config import DTYPES
+from pipeline.layer import (
+    HostWeights,
+    byte_range,
+    check_gpu_out,
+    host_tensor,
+    host_view,
+    overlaps,
+    reference,
+    sigmoid_scale_add,
+    to_float64,
+)
+
+TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
+# What rounding to an element type can cost a value, relative to the larger of itself and 1.
+ROUNDING = {"float64": 1e-13, "float32": 2e-6, "float16": 2**-10, "bfloat16": 2**-7}
+
+
+def fresh(seed: int, *shape: int, dtype: Any = np.float32) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def new_layer(
+    in_features: int = 8, out_features: int = 5, dtype: Any = np.float32, scaling_factor: float = 2.0
+) -> FusedLinear:
+    weight, bias = fresh(1, out_features, in_features, dtype=dtype), fresh(2, out_features, dtype=dtype)
+    return FusedLinear(weight, bias, scaling_factor)
+
+
+def assert_close(y: Any, expected: Any, dtype: str) -> None:
+    y = to_float64(y)
+    assert y.shape == expected.shape
+    np.testing.assert_allclose(y, expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype])
+
+
+def carrier(value: Any) -> Any:
+    """The bits of an array or tensor, for exact comparison."""
+    array = np.ascontiguousarray(host_view(value, "value")[0])
+    return array.view(f"u{array.itemsize}")
+
+
+# constructors
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda t: t.__name__)
+def test_layer_takes_numpy_weights_of_every_type(dtype: Any) -> None:
+    layer = new_layer(dtype=dtype)
+    assert (layer.dtype.name, layer.in_features, layer.out_features) == (np.dtype(dtype).name, 8, 5)
+    assert_close(layer(fresh(3, 7, 8, dtype=dtype)), layer.reference(fresh(3, 7, 8, dtype=dtype)), layer.dtype.name)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a: np.repeat(np.repeat(a, 2, 0), 3, -1)[::2, ::3] if a.ndim == 2 else np.repeat(a, 2)[::2],
+        lambda a: a[::-1].copy()[::-1],
+        np.asfortranarray,
+        lambda a: a.astype(">f4"),
+        lambda a: np.broadcast_to(a, (1, *a.shape))[0],  # read-only
+        lambda a: torch.from_numpy(a),
+        lambda a: torch.from_numpy(a).t().contiguous().t() if a.ndim == 2 else torch.from_numpy(a),
+        lambda a: torch.nn.Parameter(torch.from_numpy(a)),
+    ],
+    ids=["strided", "reversed", "fortran", "big-endian", "read-only", "torch", "torch-strided", "parameter"],
+)
+def test_layer_weights_of_any_layout_give_the_same_bits(change: Callable[[Any], Any]) -> None:
+    weight, bias, x = fresh(1, 5, 8), fresh(2, 5), fresh(3, 70, 8)
+    expected = FusedLinear(weight, bias, 2.0)(x)
+    np.testing.assert_array_equal(FusedLinear(change(weight), change(bias), 2.0)(x), expected)
+
+
+def test_layer_without_bias_adds_none() -> None:
+    weight, x = fresh(1, 5, 8), fresh(3, 7, 8)
+    layer = FusedLinear(weight, scaling_factor=2.0)
+    np.testing.assert_array_equal(layer(x), FusedLinear(weight, np.zeros(5, np.float32), 2.0)(x))
+    assert "bias=False" in repr(layer)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_layer_from_linear_equals_the_linear(dtype: str, bias: bool) -> None:
+    linear = torch.nn.Linear(16, 10, bias=bias, dtype=TORCH_DTYPES[dtype])
+    layer = FusedLinear.from_linear(linear, 2.0)
+    x = torch.randn(9, 16, dtype=TORCH_DTYPES[dtype])
+    assert_close(layer(x), reference(x, linear.weight, linear.bias, 2.0), dtype)
+    assert (layer.bias is not None) == bias
+
+
+@pytest.mark.parametrize("prefix", ["", "gemm.", "model.layers.0."])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_layer_from_file_reads_weight_and_bias(tmp_path: Path, dtype: str, bias: bool, prefix: str) -> None:
+    weight, bias_tensor = torch.randn(5, 8).to(TORCH_DTYPES[dtype]), torch.randn(5).to(TORCH_DTYPES[dtype])
+    tensors = {f"{prefix}weight": weight} | ({f"{prefix}bias": bias_tensor} if bias else {})
+    save_file(tensors, tmp_path / "layer.safetensors")
+    for path in (tmp_path / "layer.safetensors", str(tmp_path / "layer.safetensors")):
+        layer = FusedLinear.from_file(path, 2.0)
+        x = torch.randn(3, 8).to(TORCH_DTYPES[dtype])
+        assert torch.equal(layer(x), FusedLinear(weight, bias_tensor if bias else None, 2.0)(x))
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a.weight", "b.weight"], r"a.weight, b.weight, expected exactly one .*found 2"),
+        (["weight", "a.weight"], "found 2"),
+        (["bias"], "found 0"),
+        (["weights"], "found 0"),
+        ([], r"\(none\)"),
+    ],
+)
+def test_layer_from_file_refuses_none_or_several_candidates(tmp_path: Path, names: list[str], message: str) -> None:
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "layer.safetensors")
+    with pytest.raises(FileFormatError, match=message):
+        FusedLinear.from_file(tmp_path / "layer.safetensors")
+
+
+def test_layer_from_file_refuses_what_is_no_safetensors_file(tmp_path: Path) -> None:
+    good = tmp_path / "good.safetensors"
+    save_file({"weight": torch.zeros(4, 4)}, good)
+    contents = {"empty": b"", "text": b"hello, these are no tensors", "cut": good.read_bytes()[:-3]}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(FileFormatError, match=rf"{name} isn't a readable .safetensors file"):
+            FusedLinear.from_file(tmp_path / name)
+    with pytest.raises(FileFormatError, match="is a directory"):
+        FusedLinear.from_file(tmp_path)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        FusedLinear.from_file(tmp_path / "missing.safetensors")
+
+
+def test_layer_from_file_refuses_other_shapes_and_types(tmp_path: Path) -> None:
+    path = tmp_path / "layer.safetensors"
+    save_file({"weight": torch.zeros(4, 4, dtype=torch.int8)}, path)
+    with pytest.raises(DTypeError, match=r"weight dtype is torch\.int8"):
+        FusedLinear.from_file(path)
+    save_file({"weight": torch.zeros(4)}, path)
+    with pytest.raises(ShapeError, match=r"weight has shape \(4,\)"):
+        FusedLinear.from_file(path)
+    save_file({"weight": torch.zeros(4, 4), "bias": torch.zeros(3)}, path)
+    with pytest.raises(ShapeError, match=r"bias has shape \(3,\), expected \(4,\)"):
+        FusedLinear.from_file(path)
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "error", "message"),
+    [
+        (np.zeros(8, np.float32), None, ShapeError, r"weight has shape \(8,\), expected 2 dimensions"),
+        (np.zeros((2, 3, 4), np.float32), None, ShapeError, r"weight has shape \(2, 3, 4\)"),
+        (np.zeros((0, 8), np.float32), None, ShapeError, "at least 1 feature in and out"),
+        (np.zeros((5, 0), np.float32), None, ShapeError, "at least 1 feature in and out"),
+        (np.zeros((5, 8), np.float32), np.zeros(8, np.float32), ShapeError, r"bias has shape \(8,\), expected \(5,\)"),
+        (np.zeros((5, 8), np.float32), np.zeros((7, 5), np.float32), ShapeError, "no residual tensor is passed"),
+        (np.zeros((5, 8), np.float32), np.zeros(5), DTypeError, "bias is float64, the weight is float32"),
+        (np.zeros((5, 8), int), None, DTypeError, "weight dtype is int64"),
+        (np.zeros((5, 8), object), None, DTypeError, "weight dtype is object"),
+        (np.zeros((5, 8), np.complex64), None, DTypeError, "weight dtype is complex64"),
+        (np.zeros((5, 8), np.longdouble), None, DTypeError, "weight dtype is"),
+        (np.ma.masked_array(np.zeros((5, 8), np.float32)), None, DTypeError, "weight is a masked array"),
+        (torch.zeros(5, 8, dtype=torch.int32), None, DTypeError, "weight dtype is torch.int32"),
+        (torch.zeros(5, 8).to_sparse(), None, DTypeError, "weight is a torch.sparse_coo tensor"),
+        (None, None, ShapeError, "weight has shape"),
+    ],
+)
+def test_layer_refuses_bad_weights(weight: Any, bias: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FusedLinear(weight, bias)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), "two", None, [1.0, 2.0], 1j, 10**400])
+def test_layer_refuses_scaling_factors_that_are_not_finite_numbers(value: Any) -> None:
+    with pytest.raises(OptionError, match="scaling_factor is"):
+        FusedLinear(np.zeros((5, 8), np.float32), None, value)
+
+
+@pytest.mark.parametrize("value", [2, np.float32(2), np.array(2.0), torch.tensor(2.0)], ids=lambda v: type(v).__name__)
+def test_layer_takes_scaling_factors_of_any_number_type(value: Any) -> None:
+    assert FusedLinear(np.zeros((5, 8), np.float32), None, value).scaling_factor == 2.0
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "message"),
+    [
+        ("fp16", np.float32, "precision is 'fp16', expected one of 'fp32', 'ieee', 'tf32'"),
+        ("bfloat16", np.float32, "precision is 'bfloat16'"),
+        (3, np.float32, "precision is 3"),
+        ("tf32", np.float64, "precision='tf32' is for float32 data, the layer is float64"),
+        ("ieee", np.float16, "precision='ieee' is for float32 data, the layer is float16"),
+    ],
+)
+def test_layer_refuses_unknown_precisions(precision: Any, dtype: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        FusedLinear(np.zeros((5, 8), dtype), precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "expected"),
+    [
+        (None, np.float32, "fp32"),
+        ("tf32", np.float32, "tf32"),
+        ("ieee", np.float32, "ieee"),
+        (None, np.float16, "float16"),
+        ("float16", np.float16, "float16"),
+        (None, np.float64, "float64"),
+    ],
+)
+def test_layer_names_its_precision(precision: str | None, dtype: Any, expected: str) -> None:
+    assert FusedLinear(np.zeros((5, 8), dtype), precision=precision).precision == expected
+
+
+# in-memory batches
+
+LAYOUTS: dict[str, Callable[[Any], Any]] = {
+    "contiguous": lambda a: a,
+    "fortran": np.asfortranarray,
+    "every-other": lambda a: np.repeat(np.repeat(a, 2, 0), 2, 1)[::2, ::2],
+    "reversed": lambda a: a[::-1, ::-1].copy()[::-1, ::-1],
+    "offset": lambda a: np.hstack([a[:, :3], a])[:, 3:],
+    "big-endian": lambda a: a.astype(a.dtype.newbyteorder(">")),
+    "read-only": lambda a: np.broadcast_to(a, (1, *a.shape))[0],
+    "packed-field": lambda a: packed(a),
+    "misaligned": lambda a: misaligned(a),
+    "torch": lambda a: torch.from_numpy(a),
+    "torch-strided": lambda a: torch.from_numpy(np.asfortranarray(a)),
+    "requires-grad": lambda a: torch.from_numpy(a).requires_grad_(),
+}
+
+
+def packed(array: Any) -> Any:
+    """The same numbers in a field of a packed record, 1 byte off their alignment."""
+    records = np.zeros(array.shape, np.dtype([("flag", "i1"), ("value", array.dtype)]))
+    records["value"] = array
+    return records["value"]
+
+
+def misaligned(array: Any) -> Any:
+    """The same numbers, 1 byte off their alignment."""
+    memory = np.zeros(array.nbytes + 1, np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    memory[:] = array
+    return memory
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16], ids=lambda t: t.__name__)
+def test_layer_batches_of_any_layout_give_the_same_bits(dtype: Any, layout: str) -> None:
+    layer, x = new_layer(24, 37, dtype), fresh(3, 150, 24, dtype=dtype)
+    y = layer(LAYOUTS[layout](x))
+    assert isinstance(y, torch.Tensor) == ("torch" in layout or layout == "requires-grad")
+    assert y.dtype == (TORCH_DTYPES[np.dtype(dtype).name] if isinstance(y, torch.Tensor) else dtype)
+    np.testing.assert_array_equal(np.asarray(y), layer(x))
+    assert_close(y, layer.reference(x), layer.dtype.name)
+
+
+def test_layer_takes_bfloat16_from_torch_and_ml_dtypes() -> None:
+    layer, x = new_layer(dtype=ml_dtypes.bfloat16), fresh(3, 7, 8, dtype=ml_dtypes.bfloat16)
+    tensor = torch.from_numpy(x.view(np.uint16)).view(torch.bfloat16)
+    y, y_torch = layer(x), layer(tensor)
+    assert (y.dtype, y_torch.dtype) == (np.dtype(ml_dtypes.bfloat16), torch.bfloat16)
+    np.testing.assert_array_equal(carrier(y), carrier(y_torch))
+    np.testing.assert_array_equal(carrier(layer(x[::-1])[::-1]), carrier(y))
+    np.testing.assert_array_equal(carrier(layer(tensor.t().contiguous().t())), carrier(y))
+    assert_close(y, layer.reference(tensor), "bfloat16")
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_layer_of_no_rows_is_empty(dtype: str) -> None:
+    layer = FusedLinear(torch.randn(5, 8).to(TORCH_DTYPES[dtype]))
+    y = layer(torch.empty(0, 8, dtype=TORCH_DTYPES[dtype]))
+    assert y.shape == (0, 5) and y.dtype == TORCH_DTYPES[dtype]
+    assert layer.reference(torch.empty(0, 8, dtype=TORCH_DTYPES[dtype])).shape == (0, 5)
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_layer_is_as_accurate_as_torch(dtype: str) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(300, 200, dtype=TORCH_DTYPES[dtype])
+    x = torch.randn(500, 300, dtype=TORCH_DTYPES[dtype])
+    layer = FusedLinear.from_linear(linear, 2.0)
+    expected = layer.reference(x)
+    with torch.no_grad():
+        z = linear(x)
+    theirs = np.linalg.norm(to_float64(2.0 * torch.sigmoid(z) + z) - expected)
+    limit = 1e-14 * np.linalg.norm(expected) if dtype == "float64" else 1.05 * theirs
+    assert np.linalg.norm(to_float64(layer(x)) - expected) <= limit
+
+
+def test_layer_ignores_autocast_and_the_default_device() -> None:
+    layer, x = new_layer(), fresh(3, 70, 8)
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        np.testing.assert_array_equal(new_layer()(x), expected)
+        assert layer(torch.from_numpy(x)).device.type == "cpu"
+
+
+def test_layer_takes_lists_of_its_own_type() -> None:
+    layer = new_layer(dtype=np.float64)
+    rows = fresh(3, 2, 8, dtype=np.float64)
+    np.testing.assert_array_equal(layer(rows.tolist()), layer(rows))
+
+
+@pytest.mark.parametrize("scaling_factor", [2.0, -3.5, 0.0])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+def test_layer_puts_nan_and_infinity_where_they_belong(dtype: str, scaling_factor: float) -> None:
+    """One feature in and out: the reference rounded to the type is the exact answer up to its last bits."""
+    info = torch.finfo(TORCH_DTYPES[dtype])
+    values = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), info.max, -info.max, info.tiny, -info.tiny]
+    values += [info.tiny / 4, -info.tiny / 4, 1.0, -1.0, 80.0, -80.0, 90.0, -90.0, 104.0, -104.0, 700.0, -750.0]
+    x = torch.tensor(values, dtype=torch.float64).to(TORCH_DTYPES[dtype])[:, None]
+    for weight in (1.0, -1.0, 2.0):
+        layer = FusedLinear(torch.tensor([[weight]], dtype=TORCH_DTYPES[dtype]), None, scaling_factor)
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = torch.from_numpy(layer.reference(x)).to(TORCH_DTYPES[dtype])
+        torch.testing.assert_close(layer(x), expected, equal_nan=True, rtol=4 * info.eps, atol=float(info.tiny))
+
+
+def test_layer_nan_stays_in_its_row() -> None:
+    layer, x = new_layer(40, 70), fresh(3, 200, 40)
+    expected = layer(x)
+    x[17, 3], x[60, 0], x[61, 5] = np.nan, np.inf, -np.inf
+    y = layer(x)
+    assert np.isnan(y[17]).all() and not np.isfinite(y[60:62]).any()
+    others = np.delete(np.arange(200), [17, 60, 61])
+    np.testing.assert_array_equal(y[others], expected[others])
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (np.zeros(8, np.float32), ShapeError, r"x has shape \(8,\), expected 2 dimensions \(rows, 8\)"),
+        (np.zeros((2, 3, 8), np.float32), ShapeError, r"x has shape \(2, 3, 8\).*reshape\(-1, 8\)"),
+        (np.zeros((3, 9), np.float32), ShapeError, "x has 9 features a row .*weight takes 8"),
+        (np.zeros((3, 0), np.float32), ShapeError, "x has 0 features a row"),
+        (np.zeros((3, 8)), DTypeError, r"x is float64, the layer's weights are float32.*astype\('float32'\)"),
+        (np.zeros((3, 8), ml_dtypes.bfloat16), DTypeError, "x is bfloat16, .* are float32.*torch.float32"),
+        (np.zeros((3, 8), int), DTypeError, "x dtype is int64, expected one of"),
+        (np.zeros((3, 8), object), DTypeError, "x dtype is object"),
+        (np.zeros((3, 8), "U4"), DTypeError, "x dtype is <U4"),
+        (np.zeros((3, 8), bool), DTypeError, "x dtype is bool"),
+        (np.zeros((3, 8), [("a", "f4")]), DTypeError, "x dtype is"),
+        (np.ma.masked_array(np.zeros((3, 8), np.float32), mask=True), DTypeError, r"x is a masked array.*\.filled\(\)"),
+        (torch.zeros(3, 8, dtype=torch.int64), DTypeError, "x dtype is torch.int64"),
+        (torch.zeros(3, 8).to_sparse(), DTypeError, r"x is a torch.sparse_coo tensor.*to_dense"),
+        (torch.zeros(3, 8, device="meta"), DTypeError, "x is on meta"),
+        (torch.zeros(3, 8, dtype=torch.complex64).conj().imag, DTypeError, "x is a view that torch negates"),
+        (None, ShapeError, r"x has shape \(\)"),
+        (3.0, ShapeError, r"x has shape \(\)"),
+    ],
+)
+def test_layer_refuses_bad_batches(x: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        new_layer()(x)
+
+
+# out=
+
+OUTPUTS: dict[str, Callable[[], Any]] = {
+    "contiguous": lambda: np.full((70, 5), np.nan, np.float32),
+    "strided": lambda: np.full((140, 15), np.nan, np.float32)[::2, ::3],
+    "reversed": lambda: np.full((70, 5), np.nan, np.float32)[::-1, ::-1],
+    "fortran": lambda: np.full((70, 5), np.nan, np.float32, order="F"),
+    "big-endian": lambda: np.full((70, 5), np.nan, ">f4"),
+    "packed-field": lambda: packed(np.full((70, 5), np.nan, np.float32)),
+    "torch": lambda: torch.full((70, 5), torch.nan),
+    "torch-strided": lambda: torch.full((5, 70), torch.nan).t(),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_layer_out_of_any_layout_gets_the_same_bits(kind: str) -> None:
+    layer, x, out = new_layer(), fresh(3, 70, 8), OUTPUTS[kind]()
+    assert layer(x, out=out) is out
+    np.testing.assert_array_equal(np.asarray(out), layer(x))
+
+
+@pytest.mark.parametrize("out_dtype", TORCH_DTYPES)
+@pytest.mark.parametrize("dtype", TORCH_DTYPES)
+def test_layer_out_of_another_type_is_rounded_once(dtype: str, out_dtype: str) -> None:
+    """Rounding what comes out in the computing type gives the same bits as asking for the type at once."""
+    compute = torch.float64 if dtype == "float64" else torch.float32
+    layer = FusedLinear(torch.randn(6, 12).to(TORCH_DTYPES[dtype]), None, 2.0)
+    x = torch.randn(80, 12).to(TORCH_DTYPES[dtype])
+    wide = layer(x, out=torch.empty(80, 6, dtype=compute))
+    out = layer(x, out=torch.full((80, 6), torch.nan, dtype=TORCH_DTYPES[out_dtype]))
+    assert torch.equal(out, wide.to(TORCH_DTYPES[out_dtype]))
+
+
+def test_layer_out_of_ml_dtypes_bfloat16() -> None:
+    layer, x = new_layer(), fresh(3, 70, 8)
+    out = layer(x, out=np.zeros((70, 5), ml_dtypes.bfloat16))
+    expected = layer(torch.from_numpy(x), out=torch.empty(70, 5, dtype=torch.bfloat16))
+    np.testing.assert_array_equal(carrier(out), carrier(expected))
+
+
+def test_layer_out_touches_nothing_around_it() -> None:
+    layer, x = new_layer(), fresh(3, 20, 8)
+    memory = np.full((24, 9), 7.0, np.float32)
+    layer(x, out=memory[2:22, 2:7])
+    memory[2:22, 2:7] = 7.0
+    assert (memory == 7.0).all()
+
+
+def test_layer_out_of_no_rows() -> None:
+    out = np.empty((0, 5), np.float32)
+    assert new_layer()(np.empty((0, 8), np.float32), out=out) is out
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (np.zeros((20, 6), np.float32), ShapeError, r"out has shape \(20, 6\), expected \(20, 5\)"),
+        (np.zeros((19, 5), np.float32), ShapeError, r"out has shape \(19, 5\), expected \(20, 5\)"),
+        (np.zeros(100, np.float32), ShapeError, r"out has shape \(100,\)"),
+        (np.zeros((20, 5), int), DTypeError, "out dtype is int64"),
+        (np.zeros((20, 5), object), DTypeError, "out dtype is object"),
+        (np.broadcast_to(np.float32(0), (20, 5)), OptionError, "out is read-only"),
+        (torch.zeros(1, 5).expand(20, 5), OptionError, "out has strides .* overlap each other"),
+        ([[0.0] * 5] * 20, OptionError, "out is a list, expected a NumPy array or a torch CPU tensor"),
+        ("y.npy", OptionError, "out is a str"),
+        (torch.zeros(20, 5, device="meta"), DTypeError, "out is on meta"),
+    ],
+)
+def test_layer_refuses_bad_outputs_and_writes_nothing(out: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        new_layer()(fresh(3, 20, 8), out=out)
+    if isinstance(out, np.ndarray):
+        assert not out.any()
+
+
+@pytest.mark.parametrize("shift", [0, 1, 50, 159])
+def test_layer_refuses_out_that_overlaps_the_batch(shift: int) -> None:
+    layer = new_layer(8, 8)
+    memory = fresh(3, 400)
+    x, out = memory[:160].reshape(20, 8), memory[shift : shift + 160].reshape(20, 8)
+    for pair in ((x, out), (torch.from_numpy(x), torch.from_numpy(out)), (torch.from_numpy(x), out)):
+        with pytest.raises(OptionError, match="out overlaps x"):
+            layer(pair[0], out=pair[1])
+    np.testing.assert_array_equal(memory, fresh(3, 400))
+
+
+def test_layer_refuses_bad_gpu_outputs() -> None:
+    """The checks that need no GPU to run."""
+    with pytest.raises(OptionError, match="out is on cpu, x is on meta"):
+        check_gpu_out(torch.zeros(3, 8, device="meta"), torch.zeros(3, 5), 5)
+    with pytest.raises(OptionError, match="out is on ndarray"):
+        check_gpu_out(torch.zeros(3, 8, device="meta"), np.zeros((3, 5)), 5)
+
+
+def test_layer_works_again_after_an_error() -> None:
+    layer, x = new_layer(), fresh(3, 7, 8)
+    expected = layer(x)
+    with pytest.raises(InputError):
+        layer(x[:, :7])
+    with pytest.raises(InputError):
+        layer(x, out=np.empty((7, 6), np.float32))
+    np.testing.assert_array_equal(layer(x), expected)
+
+
+# bits
+
+
+@st.composite
+def cut_problems(draw: st.DrawFn) -> tuple[int, int, int, str, list[int], int]:
+    """rows, in_features, out_features, dtype, where the rows are cut, a seed."""
+    rows = draw(st.one_of(st.integers(1, 200), st.integers(500, 1100)))
+    in_features = draw(st.one_of(st.integers(1, 40), st.integers(41, 700), st.sampled_from([256, 512, 1024])))
+    out_features = draw(st.one_of(st.integers(1, 10), st.sampled_from([31, 32, 33, 63, 64, 65]), st.integers(66, 200)))
+    cuts = draw(st.lists(st.integers(0, rows), max_size=6))
+    dtype = draw(st.sampled_from(list(TORCH_DTYPES)))
+    return rows, in_features, out_features, dtype, [0, *sorted(cuts), rows], draw(st.integers(0, 2**32 - 1))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(cut_problems())
+@example((1016, 58, 65, "float64", [0, 1016], 0))
+@example((130, 300, 1, "float32", [0, 1, 65, 66, 130], 1))
+@example((600, 512, 10, "float64", [0, 7, 64, 599, 600], 2))
+def test_host_weights_row_bits_do_not_depend_on_neighbours(
+    problem: tuple[int, int, int, str, list[int], int],
+) -> None:
+    """However rows are cut, and wherever they lie in memory: the same bits."""
+    rows, in_features, out_features, dtype, cuts, seed = problem
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, in_features, generator=generator).to(TORCH_DTYPES[dtype])
+    weight = torch.randn(out_features, in_features, generator=generator).to(TORCH_DTYPES[dtype])
+    weights = HostWeights(weight, torch.randn(out_features, generator=generator).to(TORCH_DTYPES[dtype]))
+    whole = torch.full((rows, out_features), torch.nan, dtype=TORCH_DTYPES[dtype])
+    weights.forward(x, whole, 2.0)
+    parts = torch.full_like(whole, torch.nan)
+    for start, stop in pairwise(cuts):
+        weights.forward(x[start:stop], parts[start:stop], 2.0, start)
+    assert torch.equal(parts, whole)
+    padding = seed % 5
+    stride = in_features + padding
+    moved = torch.empty(rows * stride + 8, dtype=x.dtype).as_strided((rows, in_features), (stride, 1), seed % 8)
+    moved.copy_(x)
+    again = torch.full_like(whole, torch.nan)
+    weights.forward(moved, again, 2.0)
+    assert torch.equal(again, whole)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cut_problems(), st.integers(0, 500))
+def test_host_weights_row_bits_do_not_depend_on_other_rows_values(
+    problem: tuple[int, int, int, str, list[int], int], row: int
+) -> None:
+    rows, in_features, out_features, dtype, _, seed = problem
+    row %= rows
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, in_features, generator=generator).to(TORCH_DTYPES[dtype])
+    weights = HostWeights(torch.randn(out_features, in_features, generator=generator).to(x.dtype), None)
+    first, second = (torch.empty(rows, out_features, dtype=x.dtype) for _ in range(2))
+    weights.forward(x, first, 2.0)
+    other = torch.full_like(x, torch.nan)
+    other[row] = x[row]
+    weights.forward(other, second, 2.0)
+    assert torch.equal(first[row], second[row])
+
+
+# properties
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.integers(0, 150),
+    in_features=st.integers(1, 80),
+    out_features=st.integers(1, 80),
+    dtype=st.sampled_from(list(TORCH_DTYPES)),
+    scaling_factor=st.floats(-10, 10),
+    has_bias=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_layer_equals_the_reference(
+    rows: int, in_features: int, out_features: int, dtype: str, scaling_factor: float, has_bias: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(TORCH_DTYPES[dtype])
+
+    weight = draw(out_features, in_features) / in_features**0.5
+    layer = FusedLinear(weight, draw(out_features) if has_bias else None, scaling_factor)
+    x = draw(rows, in_features)
+    expected = layer.reference(x)
+    largest = max(1.0, np.abs(expected).max(initial=0.0))
+    np.testing.assert_allclose(to_float64(layer(x)), expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype] * largest)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=st.floats(width=32)),
+    st.floats(-1e6, 1e6),
+)
+def test_sigmoid_scale_add_equals_float64_for_every_float32(z: Any, scaling_factor: float) -> None:
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = sigmoid_scale_add(z.astype(np.float64), scaling_factor)
+        expected = wide.astype(np.float32)
+    y = sigmoid_scale_add(z, scaling_factor)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * abs(scaling_factor))
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), shape=st.tuples(st.integers(1, 6), st.integers(1, 6)), dtype=st.sampled_from(["f2", "f4", "f8"]))
+def test_host_view_and_tensor_keep_every_value(data: st.DataObject, shape: tuple[int, int], dtype: str) -> None:
+    """Any slicing and byte order arrives in torch as the same numbers."""
+    base = np.arange(144, dtype=dtype).reshape(12, 12).astype(data.draw(st.sampled_from(["<", ">"])) + dtype)
+    view = base[data.draw(hnp.basic_indices((12, 12), min_dims=2, max_dims=2, allow_newaxis=False))]
+    array, element = host_view(view, "view")
+    assert array is view
+    native = array if array.dtype.isnative else array.astype(element.carrier)
+    np.testing.assert_array_equal(host_tensor(native, element).numpy(), view.astype(np.float64))
+
+
+def test_host_tensor_shares_writable_memory() -> None:
+    array = np.zeros((4, 6), np.float32)
+    host_tensor(array[::2, ::3], DTYPES["float32"])[:] = 1
+    assert array.sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "expected"), [((2, 3), (3, 1), 24), ((2, 3), (10, 1), 52), ((0, 3), (3, 1), 0)]
+)
+def test_byte_range_covers_the_elements(shape: tuple[int, int], stride: tuple[int, int], expected: int) -> None:
+    first, last = byte_range(torch.zeros(100).as_strided(shape, stride))
+    assert last - first == expected
+
+
+def test_overlaps_is_about_shared_bytes() -> None:
+    assert overlaps((0, 4), (3, 8)) and overlaps((3, 8), (0, 4)) and overlaps((0, 9), (4, 5))
+    assert not overlaps((0, 4), (4, 8)) and not overlaps((4, 8), (0, 4))
