@@ -16,27 +16,19 @@ import re
 import signal
 import statistics
 import sys
-import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import __version__
 from pipeline.errors import CompileError, DeviceError, PipelineError
 
 if TYPE_CHECKING:
-    import torch
-
     from pipeline.api import Progress
     from pipeline.layer import FusedLinear
 
-_DEMO_SAMPLED_ROWS = 64
-_DEMO_REPEATS = 3
-_DEMO_SLOW_S = 4.0  # of one run: from there on one timed repeat has to do
 _REMEDIES = {
     errno.ENOENT: "check the path",
     errno.EACCES: "check the permissions, or choose another path",
@@ -340,123 +332,39 @@ def _info(args: argparse.Namespace) -> int:
 # -- demo ------------------------------------------------------------------------------------------------------------
 
 
-def _write_random_npy(path: Path, rows: int, features: int) -> None:
-    import numpy as np
-
-    random = np.random.default_rng()
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (rows, features)})
-        for row in range(0, rows, 1024):
-            file.write(random.standard_normal((min(1024, rows - row), features), np.float32).data)
-
-
-def _torch_loop(linear: torch.nn.Linear, scaling_factor: float, source: Path, out: Path, chunk_rows: int) -> None:
-    """The job as a plain loop over chunks: read, copy to the device, compute, copy back, write."""
-    import numpy as np
-    import torch
-
-    x, device = np.load(source, mmap_mode="c"), linear.weight.device
-    with out.open("wb") as file, torch.no_grad():
-        shape = (len(x), linear.out_features)
-        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-        for row in range(0, len(x), chunk_rows):
-            z = linear(torch.from_numpy(x[row : row + chunk_rows]).to(device))
-            file.write((scaling_factor * torch.sigmoid(z) + z).cpu().numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _largest_error(layer: FusedLinear, source: Path, out: Path) -> tuple[int, float]:
-    """Sampled rows of a result against float64: how many, and the largest error by the largest value.
-
-    The first row, the last, and a random one in each of 62 equal parts.
-    """
-    import numpy as np
-
-    x, y = np.load(source, mmap_mode="r"), np.load(out, mmap_mode="r")
-    if y.shape != (len(x), layer.out_features):
-        return 0, float("inf")
-    edges = np.linspace(0, len(x), min(_DEMO_SAMPLED_ROWS - 2, len(x)) + 1).astype(int)
-    rows = np.unique([0, *np.random.default_rng().integers(edges[:-1], edges[1:]), len(x) - 1])
-    expected = layer.reference(x[rows])
-    return len(rows), float(np.abs(y[rows] - expected).max() / np.abs(expected).max())
-
-
 def _demo(args: argparse.Namespace) -> int:
-    import torch
-    from safetensors.torch import save_file
-
-    from pipeline.api import Pipeline
+    from pipeline.demo import run_demo
     from pipeline.devices.base import find_devices
-    from pipeline.layer import FusedLinear
 
-    say = (lambda *_: None) if args.json else print
+    say = (lambda _: None) if args.json else print
     names = find_devices(args.devices)
-    on_gpu = names[0].startswith("cuda")
     if names == ["cpu"] and args.devices is None:
         say("no NVIDIA GPU is visible: running on the CPU")
-    rows = args.rows or (65_536 if on_gpu else 4_096)
-    in_features, out_features = (n or (4_096 if on_gpu else 1_024) for n in (args.in_features, args.out_features))
-    small = rows * max(in_features, out_features) < 2**26  # fewer than 8 chunks of the automatic size
-    torch_device = names[0] if on_gpu and torch.cuda.is_available() else "cpu"
-    torch.set_float32_matmul_precision("highest")  # NOTE: some containers turn tf32 on by an environment variable
-
-    with tempfile.TemporaryDirectory(prefix="pipeline-demo-") as folder:
-        source, weights, out, torch_out = (
-            Path(folder, f) for f in ("x.npy", "layer.safetensors", "y.npy", "torch.npy")
-        )
-        _write_random_npy(source, rows, in_features)
-        linear = torch.nn.Linear(in_features, out_features)
-        save_file(linear.state_dict(), weights)
-        layer, linear = FusedLinear.from_file(weights, scaling_factor=2.0), linear.to(torch_device)
-        gib_in, gib_out = (rows * n * 4 / 2**30 for n in (in_features, out_features))
-        say(f"dataset: {rows:,} random rows, {gib_in:.3g} GiB in, {gib_out:.3g} GiB out")
-        say(f"layer: {in_features} -> {out_features}, float32, scaling_factor {layer.scaling_factor}")
-
-        seconds: dict[str, list[float]] = {"pipeline": [], "torch": []}
-        with Pipeline(layer, devices=names, chunk_rows=max(1, rows // 8) if small else "auto") as pipe:
-            repeats = _DEMO_REPEATS
-            while len(seconds["torch"]) <= repeats:  # the first of each warms up
-                out.unlink(missing_ok=True)
-                torch_out.unlink(missing_ok=True)
-                start = time.perf_counter()
-                stats = pipe.run(source, out).stats
-                middle = time.perf_counter()
-                _torch_loop(linear, layer.scaling_factor, source, torch_out, pipe.chunk_rows)
-                seconds["pipeline"].append(middle - start)
-                seconds["torch"].append(time.perf_counter() - middle)
-                if max(max(times) for times in seconds.values()) > _DEMO_SLOW_S:
-                    repeats = 1
-        sampled, error = _largest_error(layer, source, out)
-        _, torch_error = _largest_error(layer, source, torch_out)
-
-    # Rounding errors of a sum of n terms in order grow like sqrt(n), here counted from float32's 2**-23 (Higham,
-    # Accuracy and Stability of Numerical Algorithms, 2.8); twice that leaves room for the largest of many results.
-    bound = 2 * 2**-23 * max(in_features, 64) ** 0.5
-    passed = error <= bound
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    ratio = medians["torch"] / medians["pipeline"]
+    demo = run_demo(names, args.rows, args.in_features, args.out_features, say)
+    medians = {"pipeline": statistics.median(demo.seconds), "torch": statistics.median(demo.torch_seconds)}
     if args.json:
-        shown = error if math.isfinite(error) else None  # JSON has no NaN
-        check = {"rows": sampled, "error": shown, "bound": bound, "passed": passed}
-        compared = {"median_s": medians, "all_s": seconds, "ratio": ratio, "torch_error": torch_error}
-        print(
-            json.dumps({"stats": stats.as_dict(), "check": check, "torch_loop": {"device": torch_device, **compared}})
-        )
+        shown = demo.error if math.isfinite(demo.error) else None  # JSON has no NaN
+        check = {"rows": demo.sampled_rows, "error": shown, "bound": demo.allowed_error, "passed": demo.passed}
+        compared = {"device": demo.torch_device, "median_s": medians, "ratio": demo.ratio}
+        compared |= {"all_s": {"pipeline": demo.seconds, "torch": demo.torch_seconds}, "torch_error": demo.torch_error}
+        print(json.dumps({"stats": demo.stats.as_dict(), "check": check, "torch_loop": compared}))
     else:
-        print(*stats.lines(), sep="\n")
-        verdict = "right" if passed else "WRONG"
-        print(f"check: {verdict}; {sampled} rows against float64, largest error {error:.1e}, allowed {bound:.1e}")
-        text = {n: f"{medians[n]:.3f} s ({min(t[1:]):.3f} to {max(t[1:]):.3f})" for n, t in seconds.items()}
+        print(*demo.stats.lines(), sep="\n")
+        print(
+            f"check: {'right' if demo.passed else 'WRONG'}; {demo.sampled_rows} rows against float64, largest error "
+            f"{demo.error:.1e}, allowed {demo.allowed_error:.1e}"
+        )
+        times = {"pipeline": demo.seconds, "torch": demo.torch_seconds}
+        text = {n: f"{medians[n]:.3f} s ({min(t):.3f} to {max(t):.3f})" for n, t in times.items()}
         print(f"pipeline, file to file: {text['pipeline']}")
         print(
-            f"plain torch loop on {torch_device}: {text['torch']}, {ratio:.2f} times as long; error {torch_error:.1e}"
+            f"plain torch loop on {demo.torch_device}: {text['torch']}, {demo.ratio:.2f} times as long; "
+            f"error {demo.torch_error:.1e}"
         )
-        runs = len(seconds["torch"]) - 1
-        print(f"demo figures: median and range of {runs} interleaved runs, warm, files in the page cache")
-    if not passed:
+        print(f"demo figures: median and range of {len(demo.seconds)} interleaved runs, warm, files in the page cache")
+    if not demo.passed:
         raise PipelineError(
-            f"the demo's result differs from the float64 reference by {error:.1e}, at most {bound:.1e} is rounding; "
-            f"run 'pipeline info' and report both"
+            f"the demo's result differs from the float64 reference by {demo.error:.1e}, at most "
+            f"{demo.allowed_error:.1e} is rounding; run 'pipeline info' and report both"
         )
     return 0

@@ -59,7 +59,7 @@ class Stats:
             f"{self.gb_per_s_in:.2f} GB/s in, {self.gb_per_s_out:.2f} GB/s out",
             f"on {', '.join(f'{name} ({hardware})' for name, hardware in self.devices.items())}",
             f"{self.kernel}; precision {self.precision}, ran as {self.runs_as}",
-            f"{self.chunks} chunks of {self.chunk_rows} rows, {self.num_streams} streams, {self.copy_workers}, "
+            f"chunks: {self.chunks} of up to {self.chunk_rows} rows; streams: {self.num_streams}; {self.copy_workers}, "
             f"{self.pinned_bytes / 2**20:.0f} MiB pinned",
             f"{'stage':<8}{'count':>8}{'GB':>10}{'busy s':>10}{'busy':>8}",
         ]

@@ -89,7 +89,7 @@ def test_run_writes_the_result_and_prints_the_report(job: Job, capsys: pytest.Ca
     job.check()
     captured = capsys.readouterr()
     assert captured.err == ""
-    for expected in ("300 rows in", "rows/s", "3 chunks of 128 rows", "bound by", f"wrote {job.out}"):
+    for expected in ("300 rows in", "rows/s", "3 of up to 128 rows", "bound by", f"wrote {job.out}"):
         assert expected in captured.out
 
 

@@ -24,6 +24,7 @@ LEVELS = {
     "report": 5,
     "api": 6,
     "torch_op": 7,
+    "demo": 7,
     "": 8,
     "cli": 8,
     "__main__": 8,

@@ -216,7 +216,7 @@ class _SimWorkers:
     def __init__(self, device: SimDevice) -> None:
         self._device = device
         self._threads = [_Engine() for _ in range(device.hardware.copy_threads)]
-        self.description = f"{len(self._threads)} simulated threads"
+        self.description = f"copy workers: {len(self._threads)} (simulated)"
 
     def submit(self, work: Callable[[], None]) -> Operation:
         thread = min(self._threads, key=lambda engine: engine.free_at_s)

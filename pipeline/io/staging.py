@@ -92,7 +92,7 @@ class ThreadWorkers:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.description = f"{count} NumPy threads"
+        self.description = f"copy workers: {count} (NumPy)"
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="pipeline-copy")
 
     def submit(self, work: Callable[[], None]) -> _Job:
