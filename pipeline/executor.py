@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from pipeline.config import DType, piece_bytes, ring_pieces
@@ -76,6 +77,7 @@ class Executor:
         self.ring_in = Ring(device.pinned, pieces, size, layer.in_features, layer.dtype, poison=device.poison)
         self.ring_out = Ring(device.pinned, pieces, size, layer.out_features, out_dtype, poison=device.poison)
         self._num_streams = num_streams
+        self._unfinished = False  # a second interrupt can leave a run before its buffers are free
 
     def run(
         self,
@@ -92,6 +94,8 @@ class Executor:
         and drops it. `stopping` ends the intake from outside. Either way every buffer is free again afterwards.
         """
         self.device.bind()
+        if self._unfinished:
+            self._abandon()
         self._ranges, self._recorder = Ranges(), recorder
         self._feed, self._sink, self._on_commit, self._stopping = feed, sink, on_commit, stopping
         self._error: BaseException | None = None
@@ -100,16 +104,21 @@ class Executor:
         self._filling, self._uploading, self._running = Lane(), Lane(), Lane()
         self._downloading, self._draining = Lane(), Lane()
         self._free_slots = deque(range(self._num_streams))
+        self._unfinished = True
         try:
             while self._flights or not self._intake_over():
                 if not self._step():
                     self.device.idle()
+            self._unfinished = False
+            if self._error is not None:
+                raise self._error
         except BaseException:
             stopping.set()
-            self._abandon()
+            if self._unfinished:
+                self._abandon()
             raise
-        if self._error is not None:
-            raise self._error
+        finally:  # the caller's data isn't kept alive until the next run
+            del self._feed, self._sink, self._on_commit, self._error
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -191,7 +200,7 @@ class Executor:
         else:
             assert not isinstance(flight.source, DeviceRows) and flight.source.array is not None
             memory = flight.source.array
-        with self._ranges("H2D", flight.chunk.index):
+        with self._calling("H2D", flight.chunk):
             operation = self.device.upload(flight.slot, first, memory)
         self._queue(self._uploading, flight, operation, first, rows, piece)
         flight.uploaded += rows
@@ -214,7 +223,7 @@ class Executor:
         chunk = flight.chunk
         source = flight.source if isinstance(flight.source, DeviceRows) else None
         target = flight.target if isinstance(flight.target, DeviceRows) else None
-        with self._ranges("kernel", chunk.index):
+        with self._calling("kernel", chunk):
             operation = self.device.compute(flight.slot, chunk.rows, chunk.row, source, target)
         self._queue(self._running, flight, operation, 0, chunk.rows, None)
         flight.computed = True
@@ -246,7 +255,7 @@ class Executor:
                     memory = self.ring_out.rows(piece, rows)
                 else:
                     return moved
-                with self._ranges("D2H", flight.chunk.index):
+                with self._calling("D2H", flight.chunk):
                     operation = self.device.download(flight.slot, first, memory)
                 self._queue(self._downloading, flight, operation, first, rows, piece)
                 flight.download_started += rows
@@ -302,6 +311,16 @@ class Executor:
                 copy(first, rows)
 
         return self.workers.submit(work)
+
+    @contextmanager
+    def _calling(self, stage: str, chunk: Chunk) -> Iterator[None]:
+        """A call of the device: in an NVTX range, and what it raises gets a note of the chunk and the stage."""
+        with self._ranges(stage, chunk.index):
+            try:
+                yield
+            except Exception as error:
+                _noted(error, stage, chunk)
+                raise
 
     def _queue(
         self, lane: Lane, flight: _Flight, operation: Operation, first: int, rows: int, piece: int | None
@@ -364,14 +383,19 @@ class Executor:
                 _wait(step.operation, self.device)
         self.ring_in.give_back_all()
         self.ring_out.give_back_all()
+        for queue in (self._flights, self._filling, self._uploading, self._running, self._downloading, self._draining):
+            queue.clear()
+        self._unfinished = False
 
 
 def _wait(operation: Operation, device: Device) -> None:
-    try:
-        while not operation.done():
-            device.idle()
-    except Exception:
-        pass  # the run is failing already, with an earlier error
+    while True:
+        try:
+            if operation.done():
+                return
+        except BaseException:  # what the job raised: the run is failing already, with an earlier error
+            return
+        device.idle()
 
 
 def _noted(error: BaseException, stage: str, chunk: Chunk | None) -> BaseException:
