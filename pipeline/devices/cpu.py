@@ -21,8 +21,8 @@ from pipeline.layer import FusedLinear, HostArray, HostWeights, host_tensor
 class _Task:
     """A queued operation: runs on its engine's thread once the slot's previous operation is done."""
 
-    def __init__(self, work: Callable[[], None], after: _Task | None) -> None:
-        self._work, self._after = work, after
+    def __init__(self, work: Callable[[], None], after: _Task | None, something_done: threading.Event) -> None:
+        self._work, self._after, self._something_done = work, after, something_done
         self._finished = threading.Event()
         self._error: BaseException | None = None
         self._times = (0.0, 0.0)
@@ -38,6 +38,7 @@ class _Task:
             self._error = error
         self._times = (start, time.perf_counter())
         self._finished.set()
+        self._something_done.set()
 
     def wait(self) -> None:
         self._finished.wait()
@@ -79,6 +80,7 @@ class CpuDevice(Device):
     def __init__(self) -> None:
         self.description = f"{platform.machine()} CPU, {os.cpu_count()} threads"
         self._engines = {stage: _Engine(f"cpu-{stage}") for stage in ("H2D", "kernel", "D2H")}
+        self._something_done = threading.Event()
         self._last: list[_Task | None] = []
         self._inputs: list[HostArray] = []
         self._outputs: list[HostArray] = []
@@ -120,7 +122,7 @@ class CpuDevice(Device):
         return True
 
     def _queue(self, stage: str, slot: int, work: Callable[[], None]) -> Operation:
-        task = _Task(work, self._last[slot])
+        task = _Task(work, self._last[slot], self._something_done)
         self._last[slot] = task
         self._engines[stage].queue(task)
         return task
@@ -140,7 +142,9 @@ class CpuDevice(Device):
         return self._queue("D2H", slot, lambda: np.copyto(rows, self._outputs[slot][first : first + len(rows)]))
 
     def idle(self) -> None:
-        time.sleep(50e-6)
+        """Wait for a task, or half a millisecond for the copy workers: a busy loop would take a core from the product."""
+        self._something_done.wait(5e-4)
+        self._something_done.clear()
 
     def synchronize(self) -> None:
         for task in self._last:
