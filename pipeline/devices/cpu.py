@@ -142,7 +142,7 @@ class CpuDevice(Device):
         return self._queue("D2H", slot, lambda: np.copyto(rows, self._outputs[slot][first : first + len(rows)]))
 
     def idle(self) -> None:
-        """Wait for a task, or half a millisecond for the copy workers: a busy loop would take a core from the product."""
+        """Wait for a task, or half a millisecond for the copy workers; polling would take time from the product."""
         self._something_done.wait(5e-4)
         self._something_done.clear()
 
