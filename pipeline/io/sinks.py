@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.config import GIB, DType, parse_dtype
 from pipeline.devices.base import DeviceRows
 from pipeline.errors import DTypeError, OptionError, OutputError, OutputExistsError, PipelineError
-from pipeline.io.sources import BatchResult, Chunk, CudaSource, Source, source_bytes
+from pipeline.io.sources import BatchResult, Chunk, CudaSource, Source, mapped_file, source_bytes, source_file
 from pipeline.layer import (
     FusedLinear,
     HostArray,
@@ -80,6 +80,9 @@ class Sink(ABC):
     @abstractmethod
     def target(self, chunk: Chunk) -> TargetRows | DeviceRows:
         """Where the chunk's rows go."""
+
+    def stop(self) -> None:
+        """The run takes in nothing more: nobody needs to wait for room."""
 
     def commit(self, chunk: Chunk) -> None:
         """Every row of the chunk has been written. Called once a chunk, from the thread of the device that ran it."""
@@ -148,14 +151,15 @@ class BatchSink(Sink):
         self._features, self._dtype, self._limit = out_features, dtype, limit
         self._changed = threading.Condition()
         self._batches: deque[BatchResult] = deque()
+        self._stopped = False
         self._ended = False
         self._error: BaseException | None = None
 
     def new_batch(self, rows: int) -> BatchResult | None:
-        """Room for the next batch's result. Blocks while the consumer is behind; None once the stream has ended."""
+        """Room for the next batch's result. Blocks while the consumer is behind; None once the run takes no more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._ended or len(self._batches) < self._limit)
-            if self._ended:
+            self._changed.wait_for(lambda: self._stopped or len(self._batches) < self._limit)
+            if self._stopped:
                 return None
             batch = BatchResult(np.empty((rows, self._features), self._dtype.carrier), rows)
             self._batches.append(batch)
@@ -166,6 +170,11 @@ class BatchSink(Sink):
         if chunk.batch is None:
             raise PipelineError("a stream's chunk belongs to no batch")
         return ArrayTarget(chunk.batch.array[chunk.batch_row : chunk.batch_row + chunk.rows])
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
 
     def commit(self, chunk: Chunk) -> None:
         with self._changed:
@@ -193,7 +202,7 @@ class BatchSink(Sink):
         """The run is over, or must not go on: nobody waits any more."""
         with self._changed:
             self._error = self._error or error
-            self._ended = True
+            self._stopped = self._ended = True
             self._changed.notify_all()
 
     def finish(self, rows: int) -> None:
@@ -230,9 +239,7 @@ class NpyFileSink(Sink):
                 f"can't create {self._partial}: {error.strerror}; choose a path that can be written"
             ) from error
         try:
-            os.pwrite(self._fd, _npy_header((rows or 0, out_features), dtype), 0)
-            if rows:
-                self._reserve(rows)
+            self._reserve(rows or 0)
         except BaseException:
             self.abort()
             raise
@@ -242,6 +249,7 @@ class NpyFileSink(Sink):
         n_bytes = _HEADER_BYTES + rows * self._row_bytes
         try:
             os.posix_fallocate(self._fd, 0, n_bytes)
+            os.pwrite(self._fd, _npy_header((rows, self._shape[1]), self._dtype), 0)
         except OSError as error:
             raise OutputError(
                 f"can't reserve {n_bytes / GIB:.2f} GiB for {self._path}: {error.strerror}; free space or choose "
@@ -258,8 +266,7 @@ class NpyFileSink(Sink):
             if self._overwrite:
                 os.replace(self._partial, self._path)
             else:
-                os.link(self._partial, self._path)  # unlike rename, never replaces a file that appeared meanwhile
-                os.unlink(self._partial)
+                _rename_without_replacing(self._partial, self._path)
         except FileExistsError:
             raise OutputExistsError(f"{self._path} appeared during the run; it was left as it is") from None
         except OSError as error:
@@ -273,6 +280,22 @@ class NpyFileSink(Sink):
             os.close(self._fd)
             self._fd = -1
             self._partial.unlink(missing_ok=True)
+
+
+def _rename_without_replacing(old: Path, new: Path) -> None:
+    """Raises:
+    FileExistsError: `new` exists.
+    """
+    try:
+        os.link(old, new)  # unlike rename, never replaces a file that appeared meanwhile
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links here: FAT, some network file systems
+        if os.path.lexists(new):
+            raise FileExistsError(f"{new} exists") from None
+        os.rename(old, new)
+    else:
+        os.unlink(old)
 
 
 def open_sink(
@@ -315,6 +338,9 @@ def open_sink(
     addresses = source_bytes(source)
     if addresses is not None and overlaps(addresses, np.lib.array_utils.byte_bounds(array)):
         raise OptionError("out overlaps the source; pass other memory, the layer can't run in place")
+    read, written = source_file(source), mapped_file(array)
+    if read and written and overlaps(read[1:], written[1:]) and os.path.samefile(read[0], written[0]):
+        raise OptionError(f"out maps the bytes of {read[0]} that are the source; the layer can't run in place")
     return ArraySink(out, array), dtype
 
 
@@ -332,7 +358,7 @@ def _open_file(path: Path, source: Source, layer: FusedLinear, dtype: DType, ove
         raise OptionError("a CUDA tensor's result can't be streamed to a file; pass the tensor's .cpu() as the source")
     if path.is_dir():
         raise OutputError(f"{path} is a directory, expected the path of a file to write")
-    if path.exists() and not overwrite:
+    if os.path.lexists(path) and not overwrite:
         raise OutputExistsError(f"{path} exists; pass overwrite=True to replace it, or choose another path")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent} isn't a directory; create it first")
