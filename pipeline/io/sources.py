@@ -6,8 +6,10 @@ executors; a chunk's rows are then read from any thread.
 
 from __future__ import annotations
 
+import io
 import os
 import queue
+import stat
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -189,7 +191,7 @@ class NpyFileSource(Source):
     kind = ".npy file"
 
     def __init__(self, path: Path, shape: tuple[int, int], offset: int, dtype: DType) -> None:
-        self.path, self.dtype, self._offset = path, dtype, offset
+        self.path, self.dtype, self.offset = path, dtype, offset
         self.rows, self.features = shape
         self.numpy_dtype = dtype.carrier
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -199,13 +201,16 @@ class NpyFileSource(Source):
         return _RangeFeed(
             self.rows or 0,
             chunk_rows,
-            lambda row, n: FileRows(self._fd, self._offset + row * row_bytes, row_bytes, self.path),
+            lambda row, n: FileRows(self._fd, self.offset + row * row_bytes, row_bytes, self.path),
         )
 
     def close(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+_MAX_HEADER_BYTES = 16_384  # NumPy reads no header of more than 10,000 characters
 
 
 def open_npy(path: Path, in_features: int) -> Source:
@@ -216,17 +221,21 @@ def open_npy(path: Path, in_features: int) -> Source:
         FileFormatError: not a .npy file, object elements, or its size isn't what the header says.
         ShapeError, DTypeError
     """
-    size = path.stat().st_size
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise InputError(f"source {str(path)!r} isn't a regular file, expected a .npy file")
+    size = status.st_size
     with path.open("rb") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            if version not in read_header:
-                raise ValueError(f"format version {version}")
-            shape, fortran, dtype = read_header[version](file)
-        except (ValueError, EOFError, UnicodeDecodeError) as error:
-            raise FileFormatError(f"{path} isn't a readable .npy file: {error}; write it with np.save") from error
-        offset = file.tell()
+        head = io.BytesIO(file.read(_MAX_HEADER_BYTES))
+    try:
+        version = np.lib.format.read_magic(head)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        if version not in read_header:
+            raise ValueError(f"format version {version}")
+        shape, fortran, dtype = read_header[version](head)
+    except Exception as error:  # NumPy's parser lets many kinds through: TokenError, RecursionError, TypeError, ...
+        raise FileFormatError(f"{path} isn't a readable .npy file: {error}; write it with np.save") from error
+    offset = head.tell()
     if dtype.hasobject:
         raise FileFormatError(
             f"{path} holds Python objects, expected floating-point numbers; convert and save it again"
@@ -325,9 +334,9 @@ class _BatchFeed(Feed):
             filling: _Filling | None = None
             try:
                 for batch in self.source.arrays():
-                    filling = self._gather(batch, filling)
-                    if self._stopping:
+                    if self._stopping:  # the chunk buffers may belong to the next run by now
                         return
+                    filling = self._gather(batch, filling)
             finally:
                 if filling is not None and filling.rows and not self._stopping:
                     self._emit(filling)
@@ -392,10 +401,11 @@ class _BatchFeed(Feed):
             try:
                 return self._ready.get_nowait()
             except queue.Empty:
-                if finished and self._error is not None:
-                    error, self._error = self._error, None
-                    raise error from None
-                return None
+                pass
+            if finished and self._error is not None:
+                error, self._error = self._error, None
+                raise error
+            return None
 
     @property
     def exhausted(self) -> bool:
@@ -454,3 +464,25 @@ def source_bytes(source: Source) -> tuple[int, int] | None:
     if isinstance(source, CudaSource):
         return byte_range(source.tensor)
     return None
+
+
+def source_file(source: Source) -> tuple[Path, int, int] | None:
+    """The file that holds a source's rows, and the positions of its first byte and the one after its last."""
+    if isinstance(source, NpyFileSource):
+        return source.path, source.offset, source.offset + (source.rows or 0) * source.features * source.dtype.itemsize
+    return mapped_file(source.array) if isinstance(source, ArraySource) else None
+
+
+def mapped_file(array: HostArray) -> tuple[Path, int, int] | None:
+    """The same of an array that is, or is a view of, a np.memmap; None for other memory."""
+    whole: np.memmap[Any, Any] | None = None
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        if isinstance(owner, np.memmap) and owner.filename is not None:
+            whole = owner
+        owner = owner.base
+    if whole is None:
+        return None
+    low, high = np.lib.array_utils.byte_bounds(array)
+    shift = whole.offset - np.lib.array_utils.byte_bounds(whole)[0]
+    return Path(str(whole.filename)), low + shift, high + shift
