@@ -141,7 +141,6 @@ def _element_type(tensor: torch.Tensor, name: str) -> DType:
     return _ELEMENT_TYPES.get(tensor.dtype) or parse_dtype(tensor.dtype, f"{name} dtype")
 
 
-@torch.library.impl(_NAME, "CPU")
 def _cpu(
     A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, scaling_factor: float, precision: str | None = None
 ) -> torch.Tensor:
@@ -151,7 +150,6 @@ def _cpu(
     return out
 
 
-@torch.library.impl(_NAME, "CUDA")
 def _cuda(
     A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, scaling_factor: float, precision: str | None = None
 ) -> torch.Tensor:
@@ -161,7 +159,6 @@ def _cuda(
     return out
 
 
-@torch.library.register_fake(_NAME)  # type: ignore[untyped-decorator]
 def _fake(
     A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, scaling_factor: float, precision: str | None = None
 ) -> torch.Tensor:
@@ -193,4 +190,7 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     )
 
 
+torch.library.impl(_NAME, "CPU", _cpu)
+torch.library.impl(_NAME, "CUDA", _cuda)
+torch.library.register_fake(_NAME, _fake)
 torch.library.register_autograd(_NAME, _backward, setup_context=_setup_context)
