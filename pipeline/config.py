@@ -52,7 +52,7 @@ def parse_dtype(value: Any, what: str = "dtype") -> DType:
         return value
     name = value if isinstance(value, str) else str(value).removeprefix("torch.")
     name = _SHORT_NAMES.get(name, name)
-    if name not in DTYPES:
+    if name not in DTYPES and value is not None:  # np.dtype(None) means float64
         try:
             name = np.dtype(value).name
         except TypeError:

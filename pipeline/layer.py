@@ -289,6 +289,13 @@ class FusedLinear:
         self._host_weights: HostWeights | None = None
         self._gpu_weights: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The weights and options, for pickle and copy; what was cached for devices is made again where it is needed."""
+        return {**self.__dict__, "_lock": None, "_host_weights": None, "_gpu_weights": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def __repr__(self) -> str:
         return (
             f"FusedLinear({self.in_features} -> {self.out_features}, {self.dtype}, bias={self.bias is not None}, "

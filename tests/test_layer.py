@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline import DTypeError, FileFormatError, FusedLinear, InputError, OptionError, ShapeError
-from pipeline.config import DTYPES
+from pipeline.config import DTYPES, parse_dtype
 from pipeline.layer import (
     HostWeights,
     byte_range,
@@ -606,3 +608,17 @@ def test_byte_range_covers_the_elements(shape: tuple[int, int], stride: tuple[in
 def test_overlaps_is_about_shared_bytes() -> None:
     assert overlaps((0, 4), (3, 8)) and overlaps((3, 8), (0, 4)) and overlaps((0, 9), (4, 5))
     assert not overlaps((0, 4), (4, 8)) and not overlaps((4, 8), (0, 4))
+
+
+def test_layer_can_be_pickled_and_copied() -> None:
+    rng = np.random.default_rng()
+    layer = FusedLinear(rng.standard_normal((5, 7), np.float32), rng.standard_normal(5, np.float32), 2.0)
+    x = rng.standard_normal((3, 7), np.float32)
+    y = layer(x)  # fills the caches that aren't pickled
+    for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert np.array_equal(twin(x), y)
+
+
+def test_layer_dtype_none_is_refused() -> None:
+    with pytest.raises(DTypeError, match="None"):
+        parse_dtype(None)
