@@ -33,6 +33,9 @@ class DType:
     def __str__(self) -> str:
         return self.name
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return parse_dtype, (self.name,)  # there is one object a type: they are compared with `is`
+
 
 FLOAT64 = DType("float64", np.dtype("=f8"))
 FLOAT32 = DType("float32", np.dtype("=f4"))

@@ -290,7 +290,7 @@ class FusedLinear:
         self._gpu_weights: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """The weights and options, for pickle and copy; what was cached for devices is made again where it is needed."""
+        """The weights and options, for pickle and copy; the caches of devices are made again."""
         return {**self.__dict__, "_lock": None, "_host_weights": None, "_gpu_weights": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
