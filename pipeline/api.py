@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -104,6 +105,7 @@ class Pipeline:
         self._lanes: list[_Lane] = []
         self._gather: list[HostArray] = []  # pinned chunk buffers for iterables, kept between runs
         self._busy = threading.Lock()
+        self._end_stream: Callable[[], None] | None = None
         self._closed = False
         try:
             for name in self.device_names:
@@ -119,10 +121,10 @@ class Pipeline:
             _check_memory(device, layer, dtype, self.chunk_rows, self.num_streams)
             device.allocate(self.chunk_rows, self.num_streams)
             workers = device.workers() or ThreadWorkers(copy_workers())
+            return _Lane(device, Executor(device, workers, layer, dtype, self.num_streams), workers)
         except BaseException:
             device.close()
             raise
-        return _Lane(device, Executor(device, workers, layer, dtype, self.num_streams), workers)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -131,7 +133,15 @@ class Pipeline:
         self.close()
 
     def close(self) -> None:
-        """End the worker threads and free pinned and device memory. Safe to call twice."""
+        """End a stream that is still open and the worker threads, free pinned and device memory. Safe to call twice.
+
+        Raises:
+            PipelineError: a run is going on in another thread.
+        """
+        if self._end_stream is not None:
+            self._end_stream()
+        elif self._busy.locked():
+            raise PipelineError("this Pipeline is running; close it when its run is done")
         self._closed = True
         for lane in self._lanes:
             lane.workers.close()
@@ -209,15 +219,24 @@ class Pipeline:
                 except BaseException as error:  # raised again by results()
                     sink.end(error)
 
-            thread = threading.Thread(target=run, name="pipeline-stream")
-            thread.start()
+            # A daemon that is ended at exit: Python would wait for any other thread, and this one for the consumer.
+            thread = threading.Thread(target=run, name="pipeline-stream", daemon=True)
+
+            def end() -> None:
+                stopping.set()
+                sink.end(PipelineError("the Pipeline was closed while this stream was open"))
+                thread.join()
+
+            self._end_stream = end
+            atexit.register(end)
             try:
+                thread.start()
                 for array in sink.results():
                     yield wrap(array)
             finally:
-                stopping.set()
-                sink.end()
-                thread.join()
+                end()
+                atexit.unregister(end)
+                self._end_stream = None
 
     def _exclusive(self) -> _Exclusive:
         if self._closed:
@@ -251,27 +270,35 @@ class Pipeline:
         done = _Count(source.rows, progress)
         start = lanes[0].device.now()
         feed = source.feed(self.chunk_rows, self._gather_buffers(), self.num_streams * len(lanes) + 1)
+        errors: list[BaseException] = []
+
+        def run(lane: _Lane, recorder: Recorder) -> None:
+            try:
+                lane.executor.run(feed, sink, recorder, done.add, stopping)
+            except BaseException as error:
+                errors.append(error)
+                stopping.set()
+
+        threads = [
+            threading.Thread(target=run, args=pair, name=f"pipeline-{pair[0].device.name}")
+            for pair in list(zip(lanes, recorders, strict=True))[1:]
+        ]
         try:
-            errors: list[BaseException] = []
-
-            def run(lane: _Lane, recorder: Recorder) -> None:
-                try:
-                    lane.executor.run(feed, sink, recorder, done.add, stopping)
-                except BaseException as error:
-                    errors.append(error)
-                    stopping.set()
-
-            threads = [
-                threading.Thread(target=run, args=pair, name=f"pipeline-{pair[0].device.name}")
-                for pair in list(zip(lanes, recorders, strict=True))[1:]
-            ]
             for thread in threads:
                 thread.start()
             run(lanes[0], recorders[0])  # in this thread, so that an interrupt reaches it
             for thread in threads:
                 thread.join()
-        finally:
+        except BaseException as error:  # an interrupt while the other devices are at work
+            errors.append(error)
+            stopping.set()
+            for thread in threads:
+                thread.join()
+        sink.stop()
+        try:
             feed.stop()
+        except PipelineError as error:  # a reader that hangs; what made it stop comes first
+            errors.append(error)
         if errors:
             raise errors[0]
         return done.rows, lanes[0].device.now() - start, recorders
