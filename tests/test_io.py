@@ -603,7 +603,8 @@ def test_bad_input_leaves_a_pipeline_ready_for_the_next_run(folder: Path) -> Non
             source, out = (value.format(folder) if isinstance(value, str) else value for value in (source, out))
             with pytest.raises(error):
                 pipeline.run(source, out, **options)
-            assert_same_bits(pipeline.run(X).out, expected), name
+                pytest.fail(f"{name} was accepted")
+            assert_same_bits(pipeline.run(X).out, expected)
 
 
 def test_bad_input_without_device_data_raises_what_the_iterable_raised() -> None:

@@ -1,0 +1,527 @@
+"""The GPU as a device: what every device must do, and what only a GPU has. Needs a GPU."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from device_tests import (
+    DeviceTests,
+    assert_close,
+    assert_same_bits,
+    batches_of,
+    nothing_left_behind,
+    poisoned,
+    random_layer,
+    random_rows,
+)
+
+from pipeline.devices.cuda import count_gpus
+
+if not count_gpus():
+    pytest.skip("no NVIDIA GPU", allow_module_level=True)
+
+import torch
+
+from pipeline import FusedLinear, Pipeline, run_pipelined
+from pipeline.devices.base import find_devices, open_device
+from pipeline.errors import DeviceError, DeviceMemoryError, DTypeError, InputError, OptionError
+
+LAYER = random_layer(256, 192)
+X = random_rows(3000, 256)
+MIB = 2**20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _started() -> None:
+    """The driver's and torch's own files and threads are opened once and stay: before the tests that count them."""
+    torch.zeros(1, device="cuda:0")
+    with open_pipeline() as pipeline:
+        for source in kinds(X):
+            pipeline.run(source)
+
+
+class TestCuda(DeviceTests):
+    device_name = "cuda:0"
+
+
+def open_pipeline(layer: FusedLinear = LAYER, **options: Any) -> Pipeline:
+    return Pipeline(layer, **{"devices": "cuda:0", "chunk_rows": 256, "num_streams": 3, **options})
+
+
+@pytest.fixture(scope="module")
+def expected() -> Any:
+    with open_pipeline() as pipeline:
+        out = pipeline.run(X).out
+    assert_close(out, LAYER, X)
+    return out
+
+
+def pinned(value: Any) -> torch.Tensor:
+    return torch.as_tensor(value).pin_memory()
+
+
+def device_free_bytes() -> int:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(0)[0])
+
+
+# -- pinned memory of the caller's -------------------------------------------------------------------------------------
+
+
+def test_pinned_tensors_are_used_in_place(expected: Any) -> None:
+    """No fill and no drain: the copy engines read and write the caller's memory."""
+    out = pinned(poisoned((3000, 192)))
+    with open_pipeline() as pipeline:
+        result = pipeline.run(pinned(X), out)
+        assert result.out is out
+        stages = result.stats.stages
+        assert stages["fill"].count == stages["drain"].count == 0
+        assert stages["H2D"].count == stages["D2H"].count == result.stats.chunks == 12
+        assert result.stats.pinned_bytes == 0, "no ring was needed"
+    assert_same_bits(out, expected)
+
+
+def test_pinned_source_alone_spares_the_fill(expected: Any) -> None:
+    with open_pipeline() as pipeline:
+        result = pipeline.run(pinned(X), poisoned((3000, 192)))
+    assert result.stats.stages["fill"].count == 0 < result.stats.stages["drain"].count
+    assert_same_bits(result.out, expected)
+
+
+def test_pinned_but_strided_goes_through_the_ring(expected: Any) -> None:
+    wide = pinned(np.repeat(X, 2, axis=1))
+    with open_pipeline() as pipeline:
+        result = pipeline.run(wide[:, ::2])
+    assert result.stats.stages["fill"].count > 0
+    assert_same_bits(result.out, expected)
+
+
+def test_pageable_memory_is_staged(expected: Any) -> None:
+    with open_pipeline() as pipeline:
+        result = pipeline.run(X)
+    assert result.stats.stages["fill"].bytes == X.nbytes
+    assert_same_bits(result.out, expected)
+
+
+def test_batches_are_gathered_into_pinned_memory_and_uploaded_from_there(expected: Any) -> None:
+    with open_pipeline() as pipeline:
+        result = pipeline.run(batches_of(X, [100, 700, 1, 333]))
+        stages = result.stats.stages
+        assert stages["H2D"].count == result.stats.chunks, "a chunk is one copy"
+        assert stages["fill"].count == result.stats.chunks
+    assert_same_bits(result.out, expected)
+
+
+# -- CUDA tensors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_cuda_tensor_in_and_out_without_copies(dtype: str) -> None:
+    layer = random_layer(256, 192, dtype)
+    x = torch.randn(3000, 256, device="cuda:0").to(getattr(torch, dtype))
+    out = torch.full((3000, 192), torch.nan, dtype=x.dtype, device="cuda:0")
+    with open_pipeline(layer) as pipeline:
+        result = pipeline.run(x, out)
+        assert result.out is out
+        stages = result.stats.stages
+        assert all(stages[name].count == 0 for name in ("fill", "H2D", "D2H", "drain"))
+        assert stages["kernel"].count == 12 and result.stats.source == "CUDA tensor"
+        new = pipeline.run(x).out
+        assert new.device == x.device and new.dtype == x.dtype
+        assert_same_bits(new, out)
+        assert_same_bits(pipeline.run(x.cpu()).out, out)
+    assert_close(out, layer, x)
+
+
+def test_cuda_tensor_with_a_row_stride_and_rows_around_it() -> None:
+    wide = torch.randn(3000, 300, device="cuda:0")
+    memory = torch.full((3002, 200), 7.0, device="cuda:0")
+    out = memory[1:-1, 3:195]
+    with open_pipeline() as pipeline:
+        pipeline.run(wide[:, 4:260], out)
+        assert_same_bits(out.contiguous(), pipeline.run(wide[:, 4:260].contiguous()).out)
+    out.fill_(7.0)
+    assert (memory == 7.0).all(), "the kernel wrote outside its output"
+
+
+def test_cuda_tensor_of_no_rows() -> None:
+    with open_pipeline() as pipeline:
+        result = pipeline.run(torch.empty(0, 256, device="cuda:0"))
+    assert tuple(result.out.shape) == (0, 192) and result.out.is_cuda
+
+
+def test_cuda_tensor_is_read_after_the_callers_stream_has_written_it() -> None:
+    """The caller's stream is held up, then writes x; the run is called at once."""
+    stream = torch.cuda.Stream()
+    truth = torch.randn(3000, 256, device="cuda:0")
+    x = torch.full_like(truth, torch.nan)
+    with open_pipeline() as pipeline:
+        right = pipeline.run(truth).out
+        torch.cuda.synchronize()
+        for _ in range(5):
+            x.fill_(torch.nan)
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(50_000_000)  # some 30 ms
+                x.copy_(truth)
+                out = pipeline.run(x).out
+            assert_same_bits(out, right)
+
+
+def test_cuda_run_does_not_wait_for_other_streams_of_the_caller() -> None:
+    """No device-wide synchronisation: another stream's work is still going on when the run is over."""
+    busy = torch.cuda.Stream()
+    with open_pipeline() as pipeline:
+        pipeline.run(X)
+        with torch.cuda.stream(busy):
+            torch.cuda._sleep(4_000_000_000)  # some 2 s
+            event = torch.cuda.Event()
+            event.record()
+        pipeline.run(X)
+        assert not event.query(), "the run waited for a stream that it has nothing to do with"
+        event.synchronize()
+
+
+def test_cuda_tensor_bad_input_is_refused_by_name(tmp_path: Path) -> None:
+    x = torch.randn(300, 256, device="cuda:0")
+    out = torch.zeros(300, 192, device="cuda:0")
+    bad: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
+        (x.T.contiguous().T, None, {}, InputError, r"strides .*contiguous"),
+        (x.double(), None, {}, DTypeError, "float64"),
+        (x[:, :100], None, {}, InputError, "100 features"),
+        (x, np.zeros((300, 192), np.float32), {}, OptionError, "CUDA tensor"),
+        (X[:300], out, {}, OptionError, "CUDA tensor"),
+        (x, out[:299], {}, InputError, r"\(299, 192\)"),
+        (x, out.bfloat16(), {}, DTypeError, "bfloat16"),
+        (x, tmp_path / "y.npy", {}, OptionError, "cpu"),
+        ([x], None, {}, InputError, "CUDA tensor"),
+        (x, None, {"devices": "cpu"}, OptionError, "cuda:0"),
+    ]
+    with nothing_left_behind(tmp_path):
+        for source, target, options, error, text in bad:
+            with pytest.raises(error, match=text):
+                run_pipelined(LAYER, source, target, **{"devices": "cuda:0", **options})
+    shared = torch.zeros(300, 256, device="cuda:0")
+    square = random_layer(256, 256)
+    with pytest.raises(OptionError, match="overlaps"):
+        run_pipelined(square, shared[:200], shared[100:], devices="cuda:0")
+
+
+def test_float64_is_refused_on_a_gpu() -> None:
+    with pytest.raises(DTypeError, match="float64 is computed on the CPU only"):
+        run_pipelined(random_layer(4, 4, "float64"), random_rows(3, 4, "float64"), devices="cuda:0")
+    with pytest.raises(DTypeError, match="float64 is computed on the CPU only"):
+        open_pipeline(out_dtype="float64")
+
+
+# -- bits --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk_rows,num_streams", [(1, 4), (33, 1), (128, 2), (1000, 5), (5000, 3)])
+def test_run_same_bits_for_any_chunks_and_streams(chunk_rows: int, num_streams: int, expected: Any) -> None:
+    rows = 200 if chunk_rows == 1 else 3000
+    with open_pipeline(chunk_rows=chunk_rows, num_streams=num_streams) as pipeline:
+        assert_same_bits(pipeline.run(X[:rows]).out, expected[:rows])
+        assert_same_bits(pipeline.run(pinned(X[:rows])).out, expected[:rows])
+
+
+def test_run_has_the_bits_of_the_layer_called_on_the_gpu(expected: Any) -> None:
+    assert_same_bits(LAYER(torch.from_numpy(X).cuda()), expected)
+
+
+def test_run_poisoned_in_debug_mode_has_the_same_bits(expected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_DEBUG", "1")
+    monkeypatch.setenv("PIPELINE_PIECE_BYTES", "50000")
+    with open_pipeline() as pipeline:
+        for _ in range(5):
+            assert_same_bits(pipeline.run(X, poisoned((3000, 192))).out, expected)
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_chunk_that_cannot_fit_is_refused_by_name() -> None:
+    free = device_free_bytes()
+    rows = free // (256 * 4 + 192 * 4)
+    with nothing_left_behind():
+        with pytest.raises(DeviceMemoryError, match=r"GiB on cuda:0, .* GiB are free.*chunk_rows=\d+ or less"):
+            open_pipeline(chunk_rows=rows, num_streams=3)
+    assert device_free_bytes() > free - 64 * MIB
+    with open_pipeline() as pipeline:
+        assert_close(pipeline.run(X).out, LAYER, X)
+
+
+def test_allocation_that_fails_names_what_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's own refusal, where the check before let it pass."""
+    monkeypatch.setattr("pipeline.api._check_memory", lambda *arguments: None)
+    free = device_free_bytes()
+    with nothing_left_behind():
+        with pytest.raises(DeviceMemoryError, match=r"chunk \d needs .* GiB on cuda:0"):
+            open_pipeline(chunk_rows=free // 1500, num_streams=3)
+    assert device_free_bytes() > free - 64 * MIB, "what was allocated before the refusal is free again"
+
+
+def test_device_that_is_not_there_is_refused_by_name() -> None:
+    count = count_gpus()
+    with pytest.raises(DeviceError, match=f"'cuda:{count}' isn't there; there are {count}"):
+        run_pipelined(LAYER, X, devices=f"cuda:{count}")
+
+
+def test_all_gpus_are_the_default() -> None:
+    assert find_devices(None) == [f"cuda:{ordinal}" for ordinal in range(count_gpus())]
+
+
+def _use_in_child(pipeline: Pipeline, answers: Any) -> None:
+    try:
+        pipeline.run(X[:10])
+        answers.put(("no error", ""))
+    except BaseException as error:
+        answers.put((type(error).__name__, str(error)))
+
+
+def _open_in_child(answers: Any) -> None:
+    try:
+        open_pipeline()
+        answers.put(("no error", ""))
+    except DeviceError as error:
+        answers.put(("DeviceError", str(error)))
+    except BaseException as error:
+        answers.put((type(error).__name__, str(error)))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*")
+def test_fork_after_cuda_has_started_is_a_clear_error() -> None:
+    fork = multiprocessing.get_context("fork")
+    with open_pipeline() as pipeline:
+        pipeline.run(X)
+        answers = fork.SimpleQueue()
+        child = fork.Process(target=_use_in_child, args=(pipeline, answers))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        kind, text = answers.get()
+        assert kind == "DeviceError" and "forked" in text and "spawn" in text
+        child = fork.Process(target=_open_in_child, args=(answers,))
+        child.start()
+        child.join(60)
+        assert child.exitcode == 0
+        assert answers.get()[0] == "DeviceError"
+        assert_close(pipeline.run(X).out, LAYER, X)
+
+
+def test_second_process_works_beside_the_first(tmp_path: Path) -> None:
+    for name, array in (("x", X), ("weight", LAYER.weight), ("bias", LAYER.bias)):
+        np.save(tmp_path / f"{name}.npy", array)
+    code = """
+        import numpy as np
+        from pipeline import FusedLinear, run_pipelined
+        layer = FusedLinear(np.load("weight.npy"), np.load("bias.npy"), 2.0)
+        run_pipelined(layer, "x.npy", "y.npy", devices="cuda:0")
+    """
+    with open_pipeline() as pipeline:
+        expected = pipeline.run(X).out
+        subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, check=True, timeout=120)
+    assert_same_bits(np.load(tmp_path / "y.npy"), expected)
+
+
+# -- memory, threads, devices ------------------------------------------------------------------------------------------
+
+
+def kinds(x: Any) -> Iterator[Any]:
+    yield x
+    yield pinned(x)
+    yield batches_of(x, [700])
+    yield torch.from_numpy(x).cuda()
+
+
+def locked_kib() -> int:
+    """Pinned host memory of the process as the kernel counts it; 0 where the driver pins without telling."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(("VmPin:", "VmLck:")) and line.split()[1] != "0":
+            return int(line.split()[1])
+    return 0
+
+
+@pytest.mark.parametrize("reopen", [False, True])
+def test_memory_stays_flat_over_20_runs(reopen: bool) -> None:
+    x = random_rows(20_000, 256)
+    process = psutil.Process()
+
+    def runs(pipeline: Pipeline) -> None:
+        for source in kinds(x):
+            pipeline.run(source)
+
+    def rest() -> tuple[int, int, int]:
+        gc.collect()
+        return device_free_bytes(), process.memory_info().rss, locked_kib()
+
+    pipeline = open_pipeline()
+    for _ in range(5):
+        runs(pipeline)
+    free, resident, locked = rest()
+    for _ in range(20):
+        if reopen:
+            pipeline.close()
+            pipeline = open_pipeline()
+        runs(pipeline)
+    free_after, resident_after, locked_after = rest()
+    pipeline.close()
+    assert free_after > free - 8 * MIB, f"{(free - free_after) / MIB:.1f} MiB of device memory are gone"
+    assert resident_after < resident + 2 * x.nbytes, f"{(resident_after - resident) / MIB:.1f} MiB more are resident"
+    assert locked_after <= locked + 1024
+
+
+def test_close_gives_device_memory_back() -> None:
+    torch.zeros(1, device="cuda:0")
+    with open_pipeline() as pipeline:  # loads the module
+        pipeline.run(X)
+    free = device_free_bytes()
+    with nothing_left_behind():
+        pipeline = open_pipeline(chunk_rows=100_000)
+        pipeline.run(X)
+        assert device_free_bytes() < free - 3 * 100_000 * (256 + 192) * 4 + 64 * MIB
+        pipeline.close()
+        pipeline.close()
+    assert device_free_bytes() > free - 8 * MIB
+
+
+def test_two_jobs_at_once_in_two_threads() -> None:
+    layers = [random_layer(256, 192, seed=seed) for seed in range(2)]
+    xs = [random_rows(20_000, 256, seed=seed) for seed in range(2)]
+    results: dict[int, list[Any]] = {0: [], 1: []}
+    errors: list[BaseException] = []
+
+    def job(number: int) -> None:
+        try:
+            with open_pipeline(layers[number]) as pipeline:
+                for source in kinds(xs[number]):
+                    results[number].append(pipeline.run(source).out)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=job, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    for number in range(2):
+        assert_close(results[number][0], layers[number], xs[number])
+        for out in results[number][1:]:
+            assert_same_bits(out, results[number][0])
+
+
+def test_run_in_a_background_thread(expected: Any) -> None:
+    outs: list[Any] = []
+    with open_pipeline() as pipeline:
+        for source in kinds(X):
+            thread = threading.Thread(target=lambda source=source: outs.append(pipeline.run(source).out))
+            thread.start()
+            thread.join()
+    assert len(outs) == 4
+    for out in outs:
+        assert_same_bits(out, expected)
+
+
+def test_copies_and_kernels_overlap() -> None:
+    """The event record of a run with several chunks in flight: no stage waits for all others."""
+    layer, x = random_layer(2048, 2048), pinned(random_rows(32_768, 2048))
+    out = pinned(np.zeros((32_768, 2048), np.float32))
+    with Pipeline(layer, devices="cuda:0", chunk_rows=2048) as pipeline:
+        pipeline.run(x, out)
+        stats = pipeline.run(x, out).stats
+    assert sum(stats.stages[name].busy_share for name in ("H2D", "kernel", "D2H")) > 1.2, str(stats)
+    assert stats.copy_hidden_share is not None and stats.copy_hidden_share > 0.3, str(stats)
+
+
+def test_event_times_lie_within_the_run() -> None:
+    with open_pipeline() as pipeline:
+        stats = pipeline.run(X).stats
+    for stage in stats.stages.values():
+        assert 0 < stage.busy_s <= stats.seconds * 1.01 + 1e-4, str(stats)
+
+
+def test_streams_many_small_batches() -> None:
+    with nothing_left_behind(), open_pipeline() as pipeline:
+        expected = pipeline.run(X).out
+        at = 0
+        for result in pipeline.stream(X[a : a + 37] for a in range(0, 3000, 37)):
+            assert_same_bits(result, expected[at : at + len(result)])
+            at += len(result)
+        assert at == 3000
+        results = pipeline.stream(X for _ in range(10**9))
+        next(results)
+        results.close()
+        assert_same_bits(pipeline.run(X).out, expected)
+
+
+@pytest.mark.skipif(count_gpus() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kind", ["array", "pinned", "batches", "path", "stream"])
+def test_two_gpus_share_a_job(kind: str, tmp_path: Path) -> None:
+    x = random_rows(60_000, 256)
+    np.save(tmp_path / "x.npy", x)
+    with open_pipeline() as one:
+        expected = one.run(x).out
+    source = {
+        "array": lambda: x,
+        "pinned": lambda: pinned(x),
+        "batches": lambda: batches_of(x, [1111]),
+        "path": lambda: tmp_path / "x.npy",
+        "stream": lambda: batches_of(x, [1111]),
+    }[kind]()
+    with nothing_left_behind(tmp_path), open_pipeline(devices=["cuda:0", "cuda:1"]) as both:
+        if kind == "stream":
+            assert_same_bits(np.concatenate(list(both.stream(source))), expected)
+            return
+        result = both.run(source, tmp_path / "y.npy" if kind == "path" else None)
+        assert list(result.stats.devices) == ["cuda:0", "cuda:1"]
+        assert_same_bits(np.load(result.out) if kind == "path" else result.out, expected)
+        chunks = [len(lane.executor._recorder.intervals) for lane in both._lanes]
+        assert min(chunks) > 0, "one GPU did all the work"
+
+
+@pytest.mark.skipif(count_gpus() < 2, reason="needs two GPUs")
+def test_cuda_tensor_is_computed_where_it_is() -> None:
+    x = torch.randn(3000, 256, device="cuda:1")
+    with open_pipeline(devices=["cuda:0", "cuda:1"]) as pipeline:
+        result = pipeline.run(x)
+    assert result.out.device == x.device and list(result.stats.devices) == ["cuda:1"]
+    assert_close(result.out, LAYER, x)
+    with pytest.raises(OptionError, match="cuda:1"):
+        run_pipelined(LAYER, x, devices="cuda:0")
+
+
+def test_device_opens_in_any_thread() -> None:
+    failures: list[BaseException] = []
+
+    def use() -> None:
+        try:
+            device = open_device("cuda:0")
+            device.bind()
+            assert (device.free_bytes() or 0) > 0
+            device.close()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_visible_devices_are_what_is_counted() -> None:
+    assert count_gpus() == torch.cuda.device_count()
