@@ -35,9 +35,7 @@ _CPU_BLOCK_ROWS = 512  # rows of one matrix product on the CPU: bounds the memor
 
 def is_torch(value: Any) -> bool:
     """Whether `value` is a torch tensor, without importing torch."""
-    return type(value).__module__.partition(".")[0] == "torch" or any(
-        base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(value).__mro__
-    )
+    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(value).__mro__)
 
 
 def is_cuda(value: Any) -> bool:

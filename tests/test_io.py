@@ -272,10 +272,15 @@ def test_source_tensor_that_requires_grad_is_a_plain_source() -> None:
     assert_same_bits(run_pipelined(LAYER, torch.tensor(X, requires_grad=True), devices="cpu").out, LAYER(X))
 
 
-@pytest.mark.xfail(strict=False, reason="layer.is_torch takes any object of a torch class for a tensor")
 def test_source_may_be_a_torch_data_loader() -> None:
     loader = torch.utils.data.DataLoader(torch.from_numpy(X), batch_size=7)
     assert_same_bits(run_pipelined(LAYER, loader, devices="cpu").out, LAYER(X))
+
+
+def test_source_batches_that_are_tuples_are_refused_by_name() -> None:
+    labelled = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.zeros(len(X)))
+    with pytest.raises(InputError, match="batch 0 is a (list|tuple), expected .*x for x, _ in loader"):
+        run_pipelined(LAYER, torch.utils.data.DataLoader(labelled, batch_size=7), devices="cpu")
 
 
 def test_sink_guards_the_memory_around_a_view() -> None:

@@ -278,6 +278,11 @@ class BatchSource(Source):
 
     def _check(self, batch: Any, number: int) -> HostArray:
         what = f"batch {number}"
+        if not (is_torch(batch) or isinstance(batch, np.ndarray)):
+            raise InputError(
+                f"{what} is a {type(batch).__name__}, expected a NumPy array or torch tensor of rows; yield the rows "
+                f"alone, for example (x for x, _ in loader)"
+            )
         if is_cuda(batch):
             raise InputError(f"{what} is a CUDA tensor, expected host memory; pass the whole CUDA tensor as the source")
         array, dtype = host_view(batch, what)
