@@ -279,7 +279,7 @@ def test_source_may_be_a_torch_data_loader() -> None:
 
 def test_source_batches_that_are_tuples_are_refused_by_name() -> None:
     labelled = torch.utils.data.TensorDataset(torch.from_numpy(X), torch.zeros(len(X)))
-    with pytest.raises(InputError, match="batch 0 is a (list|tuple), expected .*x for x, _ in loader"):
+    with pytest.raises(InputError, match=r"batch 0 is a (list|tuple), expected .*x for x, _ in loader"):
         run_pipelined(LAYER, torch.utils.data.DataLoader(labelled, batch_size=7), devices="cpu")
 
 
@@ -497,9 +497,9 @@ BAD_SOURCES: dict[str, Bad] = {
     "a set": ({1}, None, {}, InputError, ["set", "NumPy array"]),
     "bytes": (X.tobytes(), None, {}, InputError, ["bytes", "NumPy array"]),
     "another file type": ("x.csv", None, {}, InputError, ["x.csv", ".npy", "np.save"]),
-    "list of numbers": ([1.0, 2.0], None, {}, ShapeError, ["batch 0", "()"]),
+    "list of numbers": ([1.0, 2.0], None, {}, InputError, ["batch 0", "float", "torch tensor"]),
     "list of rows": (list(X), None, {}, ShapeError, ["batch 0", "(6,)", f"(rows, {IN})"]),
-    "list of strings": (["a.npy"], None, {}, DTypeError, ["batch 0", "float32"]),
+    "list of strings": (["a.npy"], None, {}, InputError, ["batch 0", "str", "torch tensor"]),
     "first batch narrow": (lambda: iter([X[:, :3]]), None, {}, ShapeError, ["batch 0", "3 features", f"takes {IN}"]),
     "first batch float64": (lambda: iter([X.astype("f8")]), None, {}, DTypeError, ["batch 0", "float64", "float32"]),
     "width changes half way": (changing_width, None, {}, ShapeError, ["batch 2", "4 features", f"takes {IN}"]),

@@ -278,7 +278,7 @@ class BatchSource(Source):
 
     def _check(self, batch: Any, number: int) -> HostArray:
         what = f"batch {number}"
-        if not (is_torch(batch) or isinstance(batch, np.ndarray)):
+        if not (is_torch(batch) or hasattr(batch, "__array__")):
             raise InputError(
                 f"{what} is a {type(batch).__name__}, expected a NumPy array or torch tensor of rows; yield the rows "
                 f"alone, for example (x for x, _ in loader)"
