@@ -7,6 +7,7 @@ bug put in on purpose.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
 import threading
@@ -38,14 +39,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import pipeline.executor as executor_module
 from pipeline import FusedLinear, Pipeline
-from pipeline.devices.base import Device, Operation
+from pipeline.arrays import HostArray
+from pipeline.devices.base import Device, DeviceRows, Operation
 from pipeline.devices.sim import Hardware, SimDevice
 from pipeline.errors import DeviceError, DriverError
 from pipeline.executor import Executor
 from pipeline.instrument import STAGES, Recorder
 from pipeline.io.sinks import ArraySink, ArrayTarget, Sink
-from pipeline.io.sources import ArrayRows, ArraySource, Chunk, Feed
-from pipeline.layer import HostArray
+from pipeline.io.sources import ArrayRows, ArraySource, Chunk, Feed, _RangeFeed
 
 SCHEDULES, BATCHES = 2_000, 8
 FAULT_SEEDS = 25
@@ -173,13 +174,14 @@ class Schedule:
 
     case: Case
     monkeypatch: pytest.MonkeyPatch
+    kind: type[WatchedSim] = WatchedSim
     x: HostArray = field(init=False)
     feed: Feed = field(init=False)
 
     def __post_init__(self) -> None:
         case, layer = self.case, self.case.layer
         small_rings(self.monkeypatch, case.piece_bytes, case.ring_pieces)
-        self.device = WatchedSim(case.hardware, seed=case.seed)
+        self.device = self.kind(case.hardware, seed=case.seed)
         self.device.prepare(layer, layer.dtype, case.chunk_rows)
         self.device.allocate(case.chunk_rows, case.num_streams)
         workers = self.device.workers()
@@ -269,6 +271,63 @@ def test_executor_schedules_are_right_bit_for_bit(
             error.add_note(f"in the schedule of seed {seed}")
             raise
     record_property("schedules", count)
+
+
+class DeviceMemorySim(WatchedSim):
+    """Takes host arrays for rows in its own memory: what the executor does with a CUDA tensor, without a GPU."""
+
+    def compute(
+        self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
+    ) -> Operation:
+        layer, inputs, outputs = self._layer, self._inputs[slot], self._outputs[slot]
+        if source is not None:
+            self._inputs[slot] = device_array(source, layer.in_features)
+        if target is not None:
+            self._outputs[slot] = device_array(target, layer.out_features)
+        try:
+            return super().compute(slot, rows, dataset_row, None, None)
+        finally:
+            self._inputs[slot], self._outputs[slot] = inputs, outputs
+
+
+def device_array(rows: DeviceRows, features: int) -> HostArray:
+    memory = (ctypes.c_float * ((rows.rows - 1) * rows.stride + features)).from_address(rows.address)
+    strides = (4 * rows.stride, 4)
+    return np.lib.stride_tricks.as_strided(np.frombuffer(memory, np.float32), (rows.rows, features), strides)
+
+
+def device_rows(array: HostArray) -> DeviceRows:
+    return DeviceRows(0, array.ctypes.data, array.strides[0] // 4, len(array), array)
+
+
+class DeviceSink(CheckingSink):
+    """An output in device memory."""
+
+    def target(self, chunk: Chunk) -> Any:
+        return device_rows(self._array).part(chunk.row, chunk.rows, 4)
+
+
+@pytest.mark.parametrize("side", ["source", "target", "both"])
+def test_executor_uses_rows_in_device_memory_without_copies(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(100):
+        case = Case(seed, source="pageable", sink="pageable")
+        schedule = Schedule(case, monkeypatch, DeviceMemorySim)
+        if side != "target":
+            x = poisoned((case.rows, case.layer.in_features + 3))[:, 1:-2]
+            x[...] = schedule.x
+            whole = device_rows(x)
+            schedule.feed = _RangeFeed(case.rows, case.chunk_rows, lambda row, n, whole=whole: whole.part(row, n, 4))
+        if side != "source":
+            schedule.out = poisoned((case.rows, case.layer.out_features + 2))[:, 1:-1]
+            schedule.sink = DeviceSink(schedule.out, schedule.expected)
+        feed, sink, recorder = schedule.feed, schedule.sink, schedule.recorder
+        schedule.executor.run(feed, sink, recorder, lambda chunk: None, threading.Event())
+        assert_same_bits(schedule.out, schedule.expected)
+        check_rest(schedule.executor)
+        totals = recorder.totals
+        assert totals["fill"].count == totals["H2D"].count == 0 or side == "target"
+        assert totals["D2H"].count == totals["drain"].count == 0 or side == "source"
+        assert len(sink.committed) == totals["kernel"].count == -(-case.rows // case.chunk_rows)
 
 
 def test_executor_same_seed_gives_the_same_events(monkeypatch: pytest.MonkeyPatch) -> None:
