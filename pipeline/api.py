@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.arrays import HostArray
 from pipeline.config import FLOAT64, GIB, MIB, DType, copy_workers, parse_dtype
 from pipeline.devices.base import Device, Workers, find_devices, open_device
 from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError
@@ -20,7 +21,7 @@ from pipeline.instrument import Recorder
 from pipeline.io.sinks import BatchSink, Sink, open_sink, wrapper
 from pipeline.io.sources import BatchSource, Chunk, CudaSource, Source, open_source
 from pipeline.io.staging import ThreadWorkers
-from pipeline.layer import FusedLinear, HostArray
+from pipeline.layer import FusedLinear
 from pipeline.report import Stats, bound, hidden_share, stage_stats
 
 _CHUNK_BYTES = 32 * MIB  # of the wider of a chunk's two sides

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from pipeline.arrays import HostArray
 from pipeline.config import DType, piece_bytes, ring_pieces
 from pipeline.devices.base import Device, DeviceRows, Operation, Workers
 from pipeline.errors import DeviceError
@@ -27,7 +28,7 @@ from pipeline.instrument import Ranges, Recorder
 from pipeline.io.sinks import Sink, TargetRows
 from pipeline.io.sources import Chunk, Feed, SourceRows
 from pipeline.io.staging import Ring
-from pipeline.layer import FusedLinear, HostArray
+from pipeline.layer import FusedLinear
 
 
 @dataclass(slots=True, eq=False)

@@ -22,9 +22,9 @@ import pytest
 import torch
 
 from pipeline import FusedLinear, Pipeline
+from pipeline.arrays import HostArray, is_torch, to_float64
 from pipeline.config import DTYPES, DType, parse_dtype
 from pipeline.devices.base import Device, Operation, open_device
-from pipeline.layer import HostArray, is_torch, to_float64
 
 SCALE = 2.0
 _EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}

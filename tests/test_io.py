@@ -34,6 +34,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import FusedLinear, Pipeline, run_pipelined
+from pipeline.arrays import HostArray, is_torch
 from pipeline.config import parse_dtype
 from pipeline.errors import (
     DTypeError,
@@ -46,7 +47,6 @@ from pipeline.errors import (
     ShapeError,
 )
 from pipeline.io.sources import open_npy
-from pipeline.layer import HostArray, is_torch
 
 IN, OUT = 6, 5
 LAYER = random_layer(IN, OUT)

@@ -19,18 +19,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline import DTypeError, FileFormatError, FusedLinear, InputError, OptionError, ShapeError
+from pipeline.arrays import byte_range, host_tensor, host_view, overlaps, to_float64
 from pipeline.config import DTYPES, parse_dtype
-from pipeline.layer import (
-    HostWeights,
-    byte_range,
-    check_gpu_out,
-    host_tensor,
-    host_view,
-    overlaps,
-    reference,
-    sigmoid_scale_add,
-    to_float64,
-)
+from pipeline.forward import HostWeights, check_gpu_out, reference, sigmoid_scale_add
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 # What rounding to an element type can cost a value, relative to the larger of itself and 1.

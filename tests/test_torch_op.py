@@ -23,7 +23,7 @@ from pipeline import (
     fused_gemm_sigmoid_scale_add,
     torch_op,
 )
-from pipeline.layer import reference
+from pipeline.forward import reference
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

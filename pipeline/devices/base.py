@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline.arrays import HostArray
 from pipeline.config import DType
 from pipeline.errors import DeviceNotFoundError, OptionError
-from pipeline.layer import FusedLinear, HostArray
+from pipeline.layer import FusedLinear
 
 
 class Operation(Protocol):

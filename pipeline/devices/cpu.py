@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.arrays import HostArray, host_tensor
 from pipeline.config import FLOAT32, DType
 from pipeline.devices.base import Device, DeviceRows, Operation, aligned_memory
 from pipeline.errors import DeviceMemoryError
-from pipeline.layer import FusedLinear, HostArray, HostWeights, host_tensor
+from pipeline.forward import HostWeights
+from pipeline.layer import FusedLinear
 
 
 class _Task:

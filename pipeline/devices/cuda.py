@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.arrays import HostArray
 from pipeline.config import GIB, DType
 from pipeline.devices.base import Device, DeviceRows, Operation
 from pipeline.errors import DeviceError, DeviceMemoryError
 from pipeline.kernels.driver import call, call_error, count_gpus, driver
 from pipeline.kernels.launch import Launcher
 from pipeline.kernels.select import Problem, runs_as
-from pipeline.layer import FusedLinear, HostArray
+from pipeline.layer import FusedLinear
 
 __all__ = ["CudaDevice", "count_gpus"]
 

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pipeline.arrays import HostArray, host_tensor
 from pipeline.config import FLOAT32, DType
 from pipeline.devices.base import Device, DeviceRows, Operation, Workers, aligned_memory
 from pipeline.errors import DriverError
-from pipeline.layer import FusedLinear, HostArray, host_tensor
+from pipeline.layer import FusedLinear
 
 
 @dataclass(frozen=True)

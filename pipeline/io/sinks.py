@@ -15,21 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline.arrays import HostArray, host_tensor, host_view, is_cuda, is_torch, overlaps
 from pipeline.config import GIB, DType, parse_dtype
 from pipeline.devices.base import DeviceRows
 from pipeline.errors import DTypeError, OptionError, OutputError, OutputExistsError, PipelineError
+from pipeline.forward import check_gpu_out, check_out
 from pipeline.io.sources import BatchResult, Chunk, CudaSource, Source, mapped_file, source_bytes, source_file
-from pipeline.layer import (
-    FusedLinear,
-    HostArray,
-    check_gpu_out,
-    check_out,
-    host_tensor,
-    host_view,
-    is_cuda,
-    is_torch,
-    overlaps,
-)
+from pipeline.layer import FusedLinear
 
 
 class TargetRows(Protocol):

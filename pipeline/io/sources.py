@@ -20,10 +20,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pipeline.arrays import HostArray, byte_range, host_view, is_cuda, is_torch
 from pipeline.config import DType, parse_dtype
 from pipeline.devices.base import DeviceRows
 from pipeline.errors import FileFormatError, InputError, PipelineError
-from pipeline.layer import FusedLinear, HostArray, byte_range, check_rows, host_view, is_cuda, is_torch
+from pipeline.forward import check_rows
+from pipeline.layer import FusedLinear
 
 
 class SourceRows(Protocol):

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from pipeline.arrays import HostArray
 from pipeline.config import DType, debug
-from pipeline.layer import HostArray
 
 
 class Ring:

@@ -1,0 +1,106 @@
+"""Views of what callers pass in: NumPy arrays and torch tensors, as arrays of a known element type.
+
+Torch is imported only where a torch tensor is at hand.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import DTYPES, DType, parse_dtype
+from pipeline.errors import DTypeError
+
+if TYPE_CHECKING:
+    import torch
+
+HostArray = npt.NDArray[Any]
+
+
+def is_torch(value: Any) -> bool:
+    """Whether `value` is a torch tensor, without importing torch."""
+    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(value).__mro__)
+
+
+def is_cuda(value: Any) -> bool:
+    return is_torch(value) and bool(value.is_cuda)
+
+
+def host_view(value: Any, what: str) -> tuple[HostArray, DType]:
+    """A NumPy view of a host array or CPU tensor in its carrier type, and the element type it stands for.
+
+    Nothing is copied: strides and byte order are the caller's.
+
+    Raises:
+        DTypeError: object, integer, complex or any other unsupported element type; a sparse or quantized tensor, a
+            lazily negated one, or a masked array.
+    """
+    if is_torch(value):
+        import torch
+
+        if value.layout != torch.strided or value.is_quantized:
+            raise DTypeError(f"{what} is a {value.layout} tensor, expected a dense one; use .to_dense() first")
+        if value.device.type != "cpu":
+            raise DTypeError(f"{what} is on {value.device}, expected a host tensor; use .cpu() first")
+        if value.is_neg():
+            raise DTypeError(f"{what} is a view that torch negates when it is read; use .resolve_neg() first")
+        dtype = parse_dtype(value.dtype, f"{what} dtype")
+        tensor = value.detach()
+        return (tensor.view(torch.uint16) if dtype.name == "bfloat16" else tensor).numpy(), dtype
+    array = np.asanyarray(value)
+    if isinstance(array, np.ma.MaskedArray):
+        raise DTypeError(f"{what} is a masked array, its mask would be lost; use .filled() first")
+    if array.dtype.name == "bfloat16":  # the ml_dtypes package's type
+        return array.view(DTYPES["bfloat16"].carrier), DTYPES["bfloat16"]
+    dtype = parse_dtype(array.dtype.newbyteorder("="), f"{what} dtype")
+    return array, dtype
+
+
+def host_tensor(array: HostArray, dtype: DType) -> torch.Tensor:
+    """A torch view of a native-endian host array in its carrier type.
+
+    Copied where torch can't view it: read-only memory, and strides that are negative or cut through elements.
+    """
+    import torch
+
+    if any(stride < 0 or stride % array.itemsize for stride in array.strides):
+        array = array.copy()
+    tensor = torch.from_numpy(np.require(array, requirements="W"))
+    return tensor.view(torch.bfloat16) if dtype.name == "bfloat16" else tensor
+
+
+def to_float64(value: Any, what: str = "array") -> npt.NDArray[np.float64]:
+    """A float64 NumPy copy of a host array, CPU tensor or CUDA tensor of any supported element type."""
+    if is_torch(value):
+        return np.asarray(value.detach().cpu().double().numpy())
+    array, dtype = host_view(value, what)
+    if dtype.name == "bfloat16":
+        array = widen_bfloat16(array)
+    return array.astype(np.float64)
+
+
+def widen_bfloat16(carrier: HostArray) -> HostArray:
+    return np.asarray((carrier.astype(np.uint32) << 16).view(np.float32))
+
+
+def empty_like(x: Any, shape: tuple[int, int]) -> Any:
+    if is_torch(x):
+        import torch
+
+        return torch.empty(shape, dtype=x.dtype, device=x.device)
+    return np.empty(shape, np.asanyarray(x).dtype.newbyteorder("="))
+
+
+def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """First address and the one after the last that a torch tensor's elements take up."""
+    if tensor.numel() == 0:
+        return (tensor.data_ptr(), tensor.data_ptr())
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size())
+
+
+def overlaps(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two address ranges share a byte."""
+    return a[0] < b[1] and b[0] < a[1]

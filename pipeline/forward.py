@@ -1,0 +1,216 @@
+"""What is computed: the formula, its float64 reference, its checks, and one batch of it on the CPU or a GPU.
+
+For x (rows, in_features), W (out_features, in_features), b (out_features,):
+
+    z = x @ W.T + b
+    y = scaling_factor * sigmoid(z) + z          y (rows, out_features)
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.arrays import HostArray, byte_range, is_cuda, is_torch, overlaps, to_float64
+from pipeline.config import FLOAT64, parse_dtype
+from pipeline.errors import DTypeError, OptionError, ShapeError
+
+if TYPE_CHECKING:
+    import torch
+
+# Rows are computed on the CPU at their place on this grid, with zero rows filling up both ends, so that a row's bits
+# don't depend on the rows beside it. BLAS libraries change them with the row count: MKL's float32 product in tiles
+# that aren't full (multiples of 4), its float64 product where it splits the sum (up to 64 rows and 32 columns) and
+# where rows don't start at a cache line.
+CPU_ROW_GRID = 64
+_CPU_MIN_FEATURES = 64  # narrower weights get zero output features, for the same reason
+_CPU_BLOCK_ROWS = 512  # rows of one matrix product on the CPU: bounds the memory of the float32 intermediate
+
+
+def reference(x: Any, weight: Any, bias: Any, scaling_factor: float) -> npt.NDArray[np.float64]:
+    """The layer in float64 NumPy: the one definition of right. Shapes as above; bias may be None."""
+    z = to_float64(x, "x") @ to_float64(weight, "weight").T
+    if bias is not None:
+        z += to_float64(bias, "bias")
+    return sigmoid_scale_add(z, scaling_factor)
+
+
+def sigmoid_scale_add(z: HostArray, scaling_factor: float) -> HostArray:
+    """scaling_factor * sigmoid(z) + z, in z's element type.
+
+    NumPy, because its exp gives an element the same bits wherever it stands; torch's vector and scalar code differ.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        y = np.exp(-z)
+        y += 1
+        np.divide(scaling_factor, y, out=y)
+        y += z
+    return y
+
+
+def check_scaling_factor(value: Any) -> float:
+    """`value` as a float.
+
+    Raises:
+        OptionError: not a number, NaN or infinite.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise OptionError(f"scaling_factor is {value!r}, expected one finite number") from None
+    if not math.isfinite(number):
+        raise OptionError(f"scaling_factor is {number}, expected a finite number: every result would be lost")
+    return number
+
+
+def check_rows(shape: tuple[int, ...], in_features: int, what: str = "x") -> None:
+    """Raises:
+    ShapeError: `shape` isn't (rows, in_features).
+    """
+    if len(shape) != 2:
+        raise ShapeError(
+            f"{what} has shape {tuple(shape)}, expected 2 dimensions (rows, {in_features}); "
+            f"reshape it first, for example {what}.reshape(-1, {in_features})"
+        )
+    if shape[1] != in_features:
+        raise ShapeError(
+            f"{what} has {shape[1]} features a row (shape {tuple(shape)}), the layer's weight takes {in_features}"
+        )
+
+
+def check_weights(
+    weight_shape: tuple[int, ...],
+    bias_shape: tuple[int, ...] | None,
+    *,
+    weight: str = "weight",
+    bias: str = "the bias",
+) -> None:
+    """`weight` and `bias` are what messages call them.
+
+    Raises:
+        ShapeError: the weight isn't (out_features, in_features) with both at least 1, or the bias isn't
+            (out_features,).
+    """
+    if len(weight_shape) != 2:
+        raise ShapeError(f"{weight} has shape {tuple(weight_shape)}, expected 2 dimensions (out_features, in_features)")
+    if 0 in weight_shape:
+        raise ShapeError(f"{weight} has shape {tuple(weight_shape)}: a layer needs at least 1 feature in and out")
+    if bias_shape is not None and tuple(bias_shape) != (weight_shape[0],):
+        hint = ""
+        if len(bias_shape) == 2:
+            hint = "; the residual is the layer's own linear output, so no residual tensor is passed"
+        raise ShapeError(
+            f"{bias} has shape {tuple(bias_shape)}, expected ({weight_shape[0]},): one value an output feature{hint}"
+        )
+
+
+def check_out(shape: tuple[int, ...], expected: tuple[int, int]) -> None:
+    """Raises:
+    ShapeError: an output's shape isn't the expected one.
+    """
+    if tuple(shape) != expected:
+        raise ShapeError(
+            f"out has shape {tuple(shape)}, expected {expected}: one row a source row, (rows, out_features)"
+        )
+
+
+def check_gpu_out(x: torch.Tensor, out: Any, out_features: int) -> None:
+    """Check a CUDA output tensor against its input.
+
+    Raises:
+        ShapeError, DTypeError, OptionError: shape, element type, device, layout, or memory shared with `x`.
+    """
+    if not is_cuda(out) or out.device != x.device:
+        where = out.device if is_torch(out) else type(out).__name__
+        raise OptionError(f"out is on {where}, x is on {x.device}; they must be on one GPU")
+    check_out(tuple(out.shape), (x.shape[0], out_features))
+    if parse_dtype(out.dtype, "out dtype") is FLOAT64:
+        raise DTypeError("out is float64, which only the CPU computes; pass float32, bfloat16 or float16")
+    if out.stride(1) != 1 and out.shape[1] > 1:
+        raise OptionError(f"out has strides {out.stride()}, expected contiguous rows (the last stride 1)")
+    if out.shape[0] > 1 and out.stride(0) < out.shape[1]:
+        raise OptionError(f"out has strides {out.stride()}: its rows overlap each other")
+    if overlaps(byte_range(x), byte_range(out)):
+        raise OptionError("out overlaps x; pass other memory, the layer can't run in place")
+
+
+class HostWeights:
+    """The layer's weights as the CPU computes with them: float64 for float64 data, float32 for all else."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        import torch
+
+        self.compute_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.out_features = weight.shape[0]
+        weight = weight.detach().to(self.compute_dtype)
+        bias = None if bias is None else bias.detach().to(self.compute_dtype)
+        narrow = _CPU_MIN_FEATURES - self.out_features
+        if narrow > 0:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, narrow))
+            bias = None if bias is None else torch.nn.functional.pad(bias, (0, narrow))
+        self.transposed, self.bias = weight.t(), bias
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor, scaling_factor: float, first_row: int = 0) -> None:
+        """out[:] = layer(x), rounded once. `first_row` is the row's number in its dataset (see CPU_ROW_GRID).
+
+        x (rows, in_features), out (rows, out_features): CPU tensors of any strides and element types.
+        """
+        import torch
+
+        rows, lead = x.shape[0], first_row % CPU_ROW_GRID
+        for start in range(-lead, rows, _CPU_BLOCK_ROWS):
+            stop = min(start + _CPU_BLOCK_ROWS, rows)
+            first = max(start, 0)
+            block_rows = -(-(stop - start) // CPU_ROW_GRID) * CPU_ROW_GRID
+            block = x[first:stop]
+            in_place = block.dtype == self.compute_dtype and block.is_contiguous() and block.data_ptr() % 64 == 0
+            if block_rows != stop - first or not in_place:
+                block = torch.zeros(block_rows, x.shape[1], dtype=self.compute_dtype, device="cpu")
+                block[first - start : stop - start] = x[first:stop]
+            with torch.autocast("cpu", enabled=False):  # the caller's autocast would round z
+                if self.bias is None:
+                    z = block @ self.transposed
+                else:
+                    z = torch.addmm(self.bias, block, self.transposed)
+            z = z[first - start : stop - start, : self.out_features]
+            out[first:stop] = torch.from_numpy(sigmoid_scale_add(z.numpy(), scaling_factor))
+
+
+def launch_on_gpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling_factor: float,
+    precision: str,
+    out: torch.Tensor,
+) -> None:
+    """Queue the fused kernel on the caller's current CUDA stream: out[:] = layer(x). Returns before it has run.
+
+    All tensors on one GPU; `x` and `out` may have any row stride, `weight` and `bias` are contiguous.
+    """
+    import torch
+
+    from pipeline.kernels.launch import Launcher
+    from pipeline.kernels.select import Problem
+
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous()
+    ordinal = x.device.index
+    problem = Problem(parse_dtype(x.dtype), parse_dtype(out.dtype), precision, weight.shape[1], weight.shape[0])
+    with torch.cuda.device(ordinal):  # the launcher makes this GPU current; the caller's comes back
+        Launcher.for_device(ordinal).launch(
+            torch.cuda.current_stream(ordinal).cuda_stream,
+            problem,
+            rows=x.shape[0],
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            w=weight.data_ptr(),
+            w_stride=weight.stride(0),
+            bias=0 if bias is None else bias.data_ptr(),
+            y=out.data_ptr(),
+            y_stride=out.stride(0),
+            scaling_factor=scaling_factor,
+        )
