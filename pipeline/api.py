@@ -18,8 +18,10 @@ from pipeline.devices.base import Device, Workers, find_devices, open_device
 from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError
 from pipeline.executor import Executor
 from pipeline.instrument import Recorder
-from pipeline.io.sinks import BatchSink, Sink, open_sink, wrapper
-from pipeline.io.sources import BatchSource, Chunk, CudaSource, Source, open_source
+from pipeline.io.batches import BatchSink, BatchSource
+from pipeline.io.rows import Chunk, Sink, Source
+from pipeline.io.sinks import open_sink, wrapper
+from pipeline.io.sources import CudaSource, open_source
 from pipeline.io.staging import ThreadWorkers
 from pipeline.layer import FusedLinear
 from pipeline.report import Stats, bound, hidden_share, stage_stats

@@ -25,8 +25,7 @@ from pipeline.config import DType, piece_bytes, ring_pieces
 from pipeline.devices.base import Device, DeviceRows, Operation, Workers
 from pipeline.errors import DeviceError
 from pipeline.instrument import Ranges, Recorder
-from pipeline.io.sinks import Sink, TargetRows
-from pipeline.io.sources import Chunk, Feed, SourceRows
+from pipeline.io.rows import Chunk, Feed, Sink, SourceRows, TargetRows
 from pipeline.io.staging import Ring
 from pipeline.layer import FusedLinear
 

@@ -292,7 +292,7 @@ def test_run_folds_notes_into_the_line(
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device", "y.npy")
 
-    monkeypatch.setattr("pipeline.io.sinks.FileTarget.write", fail)
+    monkeypatch.setattr("pipeline.io.npy.FileTarget.write", fail)
     before = job.files()
     assert cli.main(job.args("--chunk-rows", "100")) == 1
     line = error_line(capsys)
@@ -457,7 +457,7 @@ def test_demo_takes_few_rows(rows: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_demo_fails_when_one_chunk_is_wrong(
     wrong: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.io.sinks import FileTarget
+    from pipeline.io.npy import FileTarget
 
     def write(self: FileTarget, first: int, rows: Any) -> None:
         chunk = (self._offset - 128) // (self._row_bytes * 25)

@@ -45,8 +45,9 @@ from pipeline.devices.sim import Hardware, SimDevice
 from pipeline.errors import DeviceError, DriverError
 from pipeline.executor import Executor
 from pipeline.instrument import STAGES, Recorder
-from pipeline.io.sinks import ArraySink, ArrayTarget, Sink
-from pipeline.io.sources import ArrayRows, ArraySource, Chunk, Feed, _RangeFeed
+from pipeline.io.rows import ArrayRows, ArrayTarget, Chunk, Feed, RangeFeed, Sink
+from pipeline.io.sinks import ArraySink
+from pipeline.io.sources import ArraySource
 
 SCHEDULES, BATCHES = 2_000, 8
 FAULT_SEEDS = 25
@@ -209,7 +210,7 @@ class Schedule:
             self.feed = ArraySource(x, "NumPy array").feed(case.chunk_rows, self.device.pinned, 0)
 
     def batch_feed(self, sizes: list[int]) -> Feed:
-        from pipeline.io.sources import BatchSource
+        from pipeline.io.batches import BatchSource
 
         source = BatchSource(batches_of(self.x, sizes), self.case.layer, None)
         return source.feed(self.case.chunk_rows, self.device.pinned, self.case.num_streams + 1)
@@ -316,7 +317,7 @@ def test_executor_uses_rows_in_device_memory_without_copies(side: str, monkeypat
             x = poisoned((case.rows, case.layer.in_features + 3))[:, 1:-2]
             x[...] = schedule.x
             whole = device_rows(x)
-            schedule.feed = _RangeFeed(case.rows, case.chunk_rows, lambda row, n, whole=whole: whole.part(row, n, 4))
+            schedule.feed = RangeFeed(case.rows, case.chunk_rows, lambda row, n, whole=whole: whole.part(row, n, 4))
         if side != "source":
             schedule.out = poisoned((case.rows, case.layer.out_features + 2))[:, 1:-1]
             schedule.sink = DeviceSink(schedule.out, schedule.expected)
