@@ -5,7 +5,7 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -196,7 +196,7 @@ class Pipeline:
                 opened.close()
             return Result(value, self._stats(opened, rows, seconds, recorders))
 
-    def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def stream(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
         """The layer's results of an iterable of batches, batch by batch and in order.
 
         Each result is a new array or tensor of the batches' kind with the batch's number of rows. A chunk never spans

@@ -136,11 +136,6 @@ class CudaDevice(Device):
         Raises:
             DeviceError: in a process forked after CUDA was started.
         """
-        if os.getpid() != self._pid:
-            raise DeviceError(
-                "this process was forked after CUDA had started, and CUDA doesn't survive a fork: "
-                "start workers with the 'spawn' method, or open the Pipeline in the child"
-            )
         Launcher.for_device(self.ordinal)
 
     def now(self) -> float:
@@ -253,6 +248,7 @@ class CudaDevice(Device):
         event = self._events.record(torch.cuda.current_stream(tensor.device).cuda_stream)
         for stream in self._streams:
             call("cuStreamWaitEvent", stream, event, 0)
+        self._events.release(event)  # the streams wait for what it recorded, however it is used next
 
     def idle(self) -> None:
         self._events.rebase()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
-from pipeline.errors import DeviceMemoryError, DeviceNotFoundError, DriverError
+from pipeline.errors import DeviceError, DeviceMemoryError, DeviceNotFoundError, DriverError
+
+_started_in: int | None = None  # the process that loaded the driver
 
 
 @functools.cache
@@ -16,9 +19,7 @@ def driver() -> Any:
         DeviceNotFoundError: no cuda-bindings, no driver or no GPU.
     """
     try:
-        from cuda.bindings import driver as bindings
-
-        (code,) = bindings.cuInit(0)
+        bindings, code = _start()
     except (ImportError, RuntimeError) as error:  # bindings raise RuntimeError where libcuda is missing
         raise DeviceNotFoundError(
             f"the CUDA driver can't be loaded: {error}; install an NVIDIA driver and cuda-bindings, or use "
@@ -28,6 +29,27 @@ def driver() -> Any:
         label = _error_text(bindings.cuGetErrorName, code)
         raise DeviceNotFoundError(f"cuInit failed: {label}; check nvidia-smi, or use devices='cpu'")
     return bindings
+
+
+def _start() -> tuple[Any, Any]:
+    """The bindings, and what cuInit returned."""
+    global _started_in
+    from cuda.bindings import driver as bindings
+
+    (code,) = bindings.cuInit(0)
+    _started_in = os.getpid()
+    return bindings, code
+
+
+def check_not_forked() -> None:
+    """Raises:
+    DeviceError: this process was forked after CUDA had been started.
+    """
+    if _started_in not in (None, os.getpid()):
+        raise DeviceError(
+            "this process was forked after CUDA had started, and CUDA doesn't survive a fork: start worker processes "
+            "with the 'spawn' method, or fork before the first use of a GPU"
+        )
 
 
 def call(name: str, *arguments: Any) -> Any:
@@ -62,10 +84,9 @@ def count_gpus() -> int:
     Raises:
         DriverError: there is a driver, but it doesn't work.
     """
+    check_not_forked()
     try:
-        from cuda.bindings import driver as bindings
-
-        (code,) = bindings.cuInit(0)
+        bindings, code = _start()
     except (ImportError, RuntimeError):  # no cuda-bindings, or no libcuda on this machine
         return 0
     if code in (bindings.CUresult.CUDA_ERROR_NO_DEVICE, bindings.CUresult.CUDA_ERROR_STUB_LIBRARY):

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from pipeline.errors import DeviceNotFoundError, ShapeError
 from pipeline.kernels.compile import compile_variant
-from pipeline.kernels.driver import call, driver
+from pipeline.kernels.driver import call, check_not_forked, driver
 from pipeline.kernels.select import Problem, Variant, alignment, architecture, select
 
 _MAX_STRIDE_BYTES = 2**32 - 1
@@ -68,8 +68,9 @@ class Launcher:
 
         Raises:
             DeviceNotFoundError: no driver, or no such device.
-            DeviceError: a GPU the kernels don't run on.
+            DeviceError: a GPU the kernels don't run on, or a process forked after CUDA had started.
         """
+        check_not_forked()
         with cls._launchers_lock:
             if ordinal not in cls._launchers:
                 cls._launchers[ordinal] = cls(ordinal)
