@@ -37,7 +37,8 @@ def _start() -> tuple[Any, Any]:
     from cuda.bindings import driver as bindings
 
     (code,) = bindings.cuInit(0)
-    _started_in = os.getpid()
+    if code == 0:
+        _started_in = os.getpid()
     return bindings, code
 
 
