@@ -27,8 +27,8 @@ from pipeline.layer import FusedLinear
 from pipeline.report import Stats, bound, hidden_share, stage_stats
 
 _CHUNK_BYTES = 32 * MIB  # of the wider of a chunk's two sides
-# NOTE: with 4 the chunks fall into step, all loading and then all unloading, and half the overlap is lost: 0.73 to 0.97 of
-# the duplex PCIe ceiling from run to run, against 0.95 to 0.97 with 6 (H200, pinned, 4096 -> 4096, tf32; 8 adds nothing).
+# NOTE: with 4, chunks fall into step, all loading and then all unloading, and lose overlap: 0.73 to 0.97 of the duplex
+# PCIe ceiling from run to run, against 0.96 with 6 (H200, pinned to pinned, 4096 -> 4096, tf32). 8 add nothing.
 _DEFAULT_STREAMS = 6
 
 
