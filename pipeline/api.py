@@ -100,13 +100,14 @@ class Pipeline:
             )
         self.layer = layer
         self.out_dtype: DType | None = None if out_dtype is None else parse_dtype(out_dtype, "out_dtype")
-        self.chunk_rows_wanted = _whole_number(chunk_rows, "chunk_rows")
+        self.chunk_rows = _whole_number(chunk_rows, "chunk_rows") or _auto_chunk_rows(
+            layer, self.out_dtype or layer.dtype
+        )
         self.num_streams = _whole_number(num_streams, "num_streams") or _DEFAULT_STREAMS
         self.device_names = find_devices(devices)
         for dtype in (layer.dtype, self.out_dtype):
             if dtype is FLOAT64 and any(name.startswith("cuda") for name in self.device_names):
                 raise DTypeError("float64 is computed on the CPU only; pass devices='cpu', or convert to float32")
-        self.chunk_rows = self.chunk_rows_wanted or _auto_chunk_rows(layer, self.out_dtype or layer.dtype)
         self._lanes: list[_Lane] = []
         self._gather: list[HostArray] = []  # pinned chunk buffers for iterables, kept between runs
         self._busy = threading.Lock()
