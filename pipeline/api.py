@@ -188,7 +188,7 @@ class Pipeline:
         with self._exclusive():
             opened = open_source(source, self.layer)
             try:
-                sink, _ = open_sink(out, opened, self.layer, self.out_dtype, overwrite)
+                sink = open_sink(out, opened, self.layer, self.out_dtype, overwrite)
                 try:
                     rows, seconds, recorders = self._run(opened, sink, progress, threading.Event())
                     value = sink.finish(rows)
@@ -423,8 +423,10 @@ def _auto_chunk_rows(layer: FusedLinear, out_dtype: DType) -> int:
 
 
 def _check_memory(device: Device, layer: FusedLinear, out_dtype: DType, chunk_rows: int, num_streams: int) -> None:
-    """Raises:
-    DeviceMemoryError: the slots don't fit beside the weights.
+    """Check that the slots fit into the device's free memory.
+
+    Raises:
+        DeviceMemoryError: the slots don't fit beside the weights.
     """
     free = device.free_bytes()
     row_bytes = layer.in_features * layer.dtype.itemsize + layer.out_features * out_dtype.itemsize

@@ -40,8 +40,6 @@ class BatchSource(Source):
             self._first = [batch]
             self._check(batch, 0)
             self.family = "torch" if is_torch(batch) else "numpy"
-            if self.family == "numpy":
-                self.numpy_dtype = np.asanyarray(batch).dtype.newbyteorder("=")
             break
 
     def _check(self, batch: Any, number: int) -> HostArray:

@@ -38,9 +38,9 @@ class NpyFileSource(Source):
     kind = ".npy file"
 
     def __init__(self, path: Path, shape: tuple[int, int], offset: int, dtype: DType) -> None:
-        self.path, self.dtype, self.offset = path, dtype, offset
+        self.path: Path = path
+        self.dtype, self.offset = dtype, offset
         self.rows, self.features = shape
-        self.numpy_dtype = dtype.carrier
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def feed(self, chunk_rows: int, buffers: Callable[[int], HostArray], depth: int) -> Feed:
@@ -149,8 +149,10 @@ def _disk_error(error: OSError, path: Path) -> OutputError:
 
 
 def _rename_without_replacing(old: Path, new: Path) -> None:
-    """Raises:
-    FileExistsError: `new` exists.
+    """Give a file its final name.
+
+    Raises:
+        FileExistsError: `new` exists.
     """
     try:
         os.link(old, new)  # unlike rename, never replaces a file that appeared meanwhile

@@ -10,6 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -135,7 +136,7 @@ class Source(ABC):
     dtype: DType
     kind: str  # for messages and reports
     family: str = "numpy"  # what a new result should be: "numpy", "torch" or "cuda"
-    numpy_dtype: np.dtype[Any] | None = None  # the caller's own NumPy type, where there is one
+    path: Path | None = None  # the file it was opened from, if it was given as a path
 
     @abstractmethod
     def feed(self, chunk_rows: int, buffers: Callable[[int], HostArray], depth: int) -> Feed:

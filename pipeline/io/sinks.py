@@ -65,10 +65,8 @@ class CudaSink(Sink):
         return self._tensor
 
 
-def open_sink(
-    out: Any, source: Source, layer: FusedLinear, out_dtype: DType | None, overwrite: bool
-) -> tuple[Sink, DType]:
-    """The sink that `out` stands for, checked against source and layer, and the element type of the result.
+def open_sink(out: Any, source: Source, layer: FusedLinear, out_dtype: DType | None, overwrite: bool) -> Sink:
+    """The sink that `out` stands for, checked against source and layer.
 
     `out_dtype` None means the source's. Nothing is created if a check fails.
 
@@ -77,9 +75,9 @@ def open_sink(
     """
     dtype = out_dtype or source.dtype
     if isinstance(out, (str, os.PathLike)):
-        return _open_file(Path(out), source, layer, dtype, overwrite), dtype
+        return _open_file(Path(out), source, layer, dtype, overwrite)
     if out is None:
-        return _new_result(source, layer, dtype), dtype
+        return _new_result(source, layer, dtype)
     if not (is_torch(out) or isinstance(out, np.ndarray)):
         raise OptionError(
             f"out is a {type(out).__name__}, expected None, a NumPy array, a torch tensor or the path of a .npy file"
@@ -95,7 +93,7 @@ def open_sink(
     if isinstance(source, CudaSource):
         check_gpu_out(source.tensor, out, layer.out_features)
         _check_out_dtype(parse_dtype(out.dtype, "out dtype"), dtype)
-        return CudaSink(out, dtype), dtype
+        return CudaSink(out, dtype)
     array, array_dtype = host_view(out, "out")
     _check_out_dtype(array_dtype, dtype)
     if not array.flags.writeable:
@@ -108,7 +106,7 @@ def open_sink(
     read, written = source_file(source), mapped_file(array)
     if read and written and overlaps(read[1:], written[1:]) and os.path.samefile(read[0], written[0]):
         raise OptionError(f"out maps the bytes of {read[0]} that are the source; the layer can't run in place")
-    return ArraySink(out, array), dtype
+    return ArraySink(out, array)
 
 
 def _check_out_dtype(got: DType, expected: DType) -> None:
@@ -129,8 +127,9 @@ def _open_file(path: Path, source: Source, layer: FusedLinear, dtype: DType, ove
         raise OutputExistsError(f"{path} exists; pass overwrite=True to replace it, or choose another path")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent} isn't a directory; create it first")
-    source_path = getattr(source, "path", None)
-    if source_path is not None and path.exists() and path.samefile(source_path):
+    mapped = source_file(source)
+    read = source.path or (mapped[0] if mapped else None)
+    if read is not None and path.exists() and path.samefile(read):
         raise OutputError(f"{path} is the source itself; choose another output path")
     return NpyFileSink(path, source.rows, layer.out_features, dtype, overwrite)
 

@@ -30,8 +30,6 @@ class ArraySource(Source):
         self.rows, self.features = self.array.shape
         self.kind = kind
         self.family = "torch" if is_torch(value) else "numpy"
-        if self.family == "numpy":
-            self.numpy_dtype = np.asanyarray(value).dtype.newbyteorder("=")
 
     def feed(self, chunk_rows: int, buffers: Callable[[int], HostArray], depth: int) -> Feed:
         return RangeFeed(self.array.shape[0], chunk_rows, lambda row, n: ArrayRows(self.array[row : row + n]))
@@ -96,7 +94,9 @@ def open_npy(path: Path, in_features: int) -> Source:
         raise FileFormatError(f"{path} is {state}: {size} bytes, its header promises {expected} for shape {shape}")
     if fortran or not dtype.isnative or 0 in shape:
         array = np.load(path, mmap_mode="r" if 0 not in shape else None, allow_pickle=False)
-        return ArraySource(array, ".npy file" + (" in Fortran order" if fortran else ""))
+        source = ArraySource(array, ".npy file" + (" in Fortran order" if fortran else ""))
+        source.path = path
+        return source
     return NpyFileSource(path, (shape[0], shape[1]), offset, element)
 
 
