@@ -43,8 +43,10 @@ def _start() -> tuple[Any, Any]:
 
 
 def check_not_forked() -> None:
-    """Raises:
-    DeviceError: this process was forked after CUDA had been started.
+    """Check that this is the process that started CUDA.
+
+    Raises:
+        DeviceError: this process was forked after CUDA had been started.
     """
     if _started_in not in (None, os.getpid()):
         raise DeviceError(
