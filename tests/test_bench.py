@@ -1,0 +1,38 @@
+"""The benches run: a small smoke run of each that needs no GPU, and what the others say without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def bench(*arguments: str, gpus: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "bench"), *arguments]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment)
+
+
+def test_bench_file_checks_every_row_and_reports_memory(tmp_path: Path) -> None:
+    report = tmp_path / "file.json"
+    options = ("--gib", "0.01", "--features", "64", "--precision", "ieee", "--devices", "cpu")
+    done = bench("file", *options, "--directory", str(tmp_path), "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    assert "every row right" in done.stdout
+    found = json.loads(report.read_text())
+    assert found["results"]["peak_resident_bytes"] > 0
+    assert len(found["results"]["resident_bytes_at_quarters"]) == 5
+    assert str(tmp_path) not in found["context"]["command"]
+    assert list(tmp_path.iterdir()) == [report]
+
+
+@pytest.mark.parametrize("name", ["kernel", "stream"])
+def test_bench_without_a_gpu_says_so(name: str) -> None:
+    done = bench(name)
+    assert done.returncode == 1 and "needs a GPU" in done.stderr
