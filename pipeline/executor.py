@@ -70,7 +70,6 @@ class Executor:
         self, device: Device, workers: Workers, layer: FusedLinear, out_dtype: DType, num_streams: int
     ) -> None:
         self.device, self.workers = device, workers
-        self._out_features, self._out_dtype = layer.out_features, out_dtype
         self._in_row_bytes = layer.in_features * layer.dtype.itemsize
         self._out_row_bytes = layer.out_features * out_dtype.itemsize
         size, pieces = piece_bytes(), ring_pieces()

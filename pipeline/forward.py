@@ -67,8 +67,10 @@ def check_scaling_factor(value: Any) -> float:
 
 
 def check_rows(shape: tuple[int, ...], in_features: int, what: str = "x") -> None:
-    """Raises:
-    ShapeError: `shape` isn't (rows, in_features).
+    """Check the shape of input rows; `what` is what the message calls them.
+
+    Raises:
+        ShapeError: `shape` isn't (rows, in_features).
     """
     if len(shape) != 2:
         raise ShapeError(
@@ -88,7 +90,7 @@ def check_weights(
     weight: str = "weight",
     bias: str = "the bias",
 ) -> None:
-    """`weight` and `bias` are what messages call them.
+    """Check the shapes of weight and bias; `weight` and `bias` are what messages call them.
 
     Raises:
         ShapeError: the weight isn't (out_features, in_features) with both at least 1, or the bias isn't
@@ -108,8 +110,10 @@ def check_weights(
 
 
 def check_out(shape: tuple[int, ...], expected: tuple[int, int]) -> None:
-    """Raises:
-    ShapeError: an output's shape isn't the expected one.
+    """Check the shape of an output.
+
+    Raises:
+        ShapeError: an output's shape isn't the expected one.
     """
     if tuple(shape) != expected:
         raise ShapeError(

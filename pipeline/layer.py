@@ -160,8 +160,10 @@ class FusedLinear:
         return out
 
     def check_dtype(self, dtype: DType, what: str = "x") -> None:
-        """Raises:
-        DTypeError: `dtype` isn't the layer's.
+        """Check an element type against the layer's.
+
+        Raises:
+            DTypeError: `dtype` isn't the layer's.
         """
         if dtype is not self.dtype:
             raise DTypeError(

@@ -33,7 +33,7 @@ class Stats:
     stages: dict[str, StageStats]
     bound: str  # the stage with the largest busy share; "none" for an empty run
     kernel_hidden_share: float | None  # of the kernels' time, spent while a copy ran as well
-    copy_hidden_share: float | None  # of the copies' time, spent while a kernel ran as well
+    copy_hidden_share: float | None  # of the H2D copies' time, spent while a kernel ran as well
     devices: dict[str, str]  # name: hardware
     kernel: str
     precision: str  # that was asked for

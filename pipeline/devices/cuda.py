@@ -164,7 +164,6 @@ class CudaDevice(Device):
         self._layer, self._problem = layer, problem
         self._in_row_bytes = layer.in_features * layer.dtype.itemsize
         self._out_row_bytes = layer.out_features * out_dtype.itemsize
-        self._out_itemsize = out_dtype.itemsize
         self._w = self._upload_weights(layer.weight, "the weight")
         self._bias = 0 if layer.bias is None else self._upload_weights(layer.bias, "the bias")
 
