@@ -641,15 +641,14 @@ def test_bad_input_object_that_fails_to_convert() -> None:
         pipeline.run([X, Fails()])
 
 
-@pytest.mark.parametrize("layout", ["C", "Fortran", "big-endian", "empty", "memmap"])
+@pytest.mark.parametrize("layout", ["C", "Fortran", "big-endian", "empty"])
 def test_sink_never_replaces_the_source_file(tmp_path: Path, layout: str) -> None:
     path = tmp_path / "x.npy"
     array = {"Fortran": np.asfortranarray(X), "big-endian": X.astype(">f4"), "empty": X[:0]}.get(layout, X)
     np.save(path, array)
     content = path.read_bytes()
-    source = np.load(path, mmap_mode="r") if layout == "memmap" else path
     with pytest.raises(OutputError, match="is the source itself"):
-        run_pipelined(LAYER, source, path, overwrite=True, devices="cpu")
+        run_pipelined(LAYER, path, path, overwrite=True, devices="cpu")
     assert path.read_bytes() == content
     assert list(tmp_path.iterdir()) == [path]
 

@@ -127,9 +127,7 @@ def _open_file(path: Path, source: Source, layer: FusedLinear, dtype: DType, ove
         raise OutputExistsError(f"{path} exists; pass overwrite=True to replace it, or choose another path")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent} isn't a directory; create it first")
-    mapped = source_file(source)
-    read = source.path or (mapped[0] if mapped else None)
-    if read is not None and path.exists() and path.samefile(read):
+    if source.path is not None and path.exists() and path.samefile(source.path):
         raise OutputError(f"{path} is the source itself; choose another output path")
     return NpyFileSink(path, source.rows, layer.out_features, dtype, overwrite)
 
