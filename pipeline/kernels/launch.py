@@ -17,16 +17,18 @@ from typing import Any, ClassVar
 from pipeline.errors import DeviceNotFoundError, ShapeError
 from pipeline.kernels.compile import compile_variant
 from pipeline.kernels.driver import call, check_not_forked, driver
-from pipeline.kernels.select import Problem, Variant, alignment, architecture, select
+from pipeline.kernels.select import Problem, Variant, alignment, architecture, runs_as, select
+from pipeline.kernels.tensor_map import TensorMap, tensor_map
 
 _MAX_STRIDE_BYTES = 2**32 - 1
 _MAX_ROW_BYTES = 2**31 - 2**12
 _MAX_ROWS = 2**31 - 2**12
 _MAX_BLOCKS = 2**31 - 1
+_Y_BOX_ROWS = 16  # a warp's rows (csrc/fused_linear_sm90.cu)
 
 
 class FusedLinearArgs(ctypes.Structure):
-    """The one kernel argument; the same fields as in csrc/fused_linear.cuh."""
+    """The one argument of the sm80 and SIMT kernels; the same fields as in csrc/fused_linear.cuh."""
 
     _fields_ = (
         ("x", ctypes.c_void_p),
@@ -43,6 +45,26 @@ class FusedLinearArgs(ctypes.Structure):
     )
 
 
+class FusedLinearSm90Args(ctypes.Structure):
+    """The one argument of the Hopper kernel; the same fields as in csrc/fused_linear_sm90.cu."""
+
+    _fields_ = (
+        ("x", TensorMap),
+        ("w", TensorMap),
+        ("y", TensorMap),
+        ("bias", ctypes.c_void_p),
+        ("y_data", ctypes.c_void_p),
+        ("y_stride", ctypes.c_longlong),
+        ("rows", ctypes.c_int),
+        ("in_features", ctypes.c_int),
+        ("out_features", ctypes.c_int),
+        ("band_rows", ctypes.c_int),
+        ("x_box_rows", ctypes.c_int),
+        ("scaling_factor", ctypes.c_float),
+        ("padding", ctypes.c_int * 4),  # the maps' alignment makes the size a multiple of 64
+    )
+
+
 @dataclass(frozen=True)
 class LoadedKernel:
     """A variant's entry on one device."""
@@ -50,6 +72,14 @@ class LoadedKernel:
     variant: Variant
     function: Any  # CUfunction
     registers: int
+
+
+class _PreparedLaunch:
+    """A launch but for its stream. Read-only, so threads share it: the driver copies the argument."""
+
+    def __init__(self, kernel: LoadedKernel, blocks: int, args: ctypes.Structure) -> None:
+        self.kernel, self.blocks, self.args = kernel, blocks, args
+        self.parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
 
 
 class Launcher:
@@ -95,6 +125,7 @@ class Launcher:
         self._kernels: dict[Variant, LoadedKernel] = {}
         self._lock = threading.Lock()
         self._plan = functools.lru_cache(maxsize=1024)(self._make_plan)
+        self._prepared = functools.lru_cache(maxsize=4096)(self._prepare_launch)
 
     def prepare(self, problem: Problem, rows: int, x_stride: int | None = None, w_stride: int | None = None) -> str:
         """Compiles and loads now what `launch` would need for 16-byte aligned addresses; blocks about a second.
@@ -107,7 +138,9 @@ class Launcher:
         """
         itemsize = problem.in_dtype.itemsize
         strides = (problem.in_features if stride is None else stride for stride in (x_stride, w_stride))
-        kernel, _ = self._plan(problem, max(rows, 1), alignment(16, *(stride * itemsize for stride in strides)))
+        load_bytes = alignment(16, *(stride * itemsize for stride in strides))
+        store_bytes = alignment(16, problem.out_features * problem.out_dtype.itemsize)
+        kernel, _ = self._plan(problem, max(rows, 1), load_bytes, store_bytes)
         return kernel.variant.description
 
     def launch(
@@ -138,18 +171,8 @@ class Launcher:
         """
         if rows == 0 or problem.out_features == 0:
             return
-        itemsize = problem.in_dtype.itemsize
-        x_stride_bytes = x_stride * itemsize if rows > 1 else 0
-        w_stride_bytes = w_stride * itemsize if problem.out_features > 1 else 0
-        _check_range("row stride of x, bytes,", x_stride_bytes, _MAX_STRIDE_BYTES)
-        _check_range("row stride of w, bytes,", w_stride_bytes, _MAX_STRIDE_BYTES)
-        load_bytes = alignment(16, x, w, x_stride_bytes, w_stride_bytes)
-        kernel, blocks = self._plan(problem, rows, load_bytes, variant)
-        args = FusedLinearArgs(
-            x, w, bias, y, y_stride, x_stride_bytes, w_stride_bytes,
-            rows, problem.in_features, problem.out_features, scaling_factor,
-        )  # fmt: skip
-        self._launch(kernel, blocks, stream, args)
+        layout = (x, x_stride, w, w_stride, bias, y, y_stride)
+        self._launch(self._prepared(problem, rows, *layout, scaling_factor, variant), stream)
 
     def load(self, variant: Variant) -> LoadedKernel:
         """`variant` on this device, compiled and loaded at the first call.
@@ -170,29 +193,76 @@ class Launcher:
             return self._kernels[variant]
 
     def _make_plan(
-        self, problem: Problem, rows: int, load_bytes: int, variant: Variant | None = None
+        self, problem: Problem, rows: int, load_bytes: int, store_bytes: int, variant: Variant | None = None
     ) -> tuple[LoadedKernel, int]:
         """The kernel and the grid for a launch; `launch` remembers the last thousand."""
         _check_range("rows", rows, _MAX_ROWS)
         _check_range("in_features, bytes,", problem.in_features * problem.in_dtype.itemsize, _MAX_ROW_BYTES)
         _check_range("out_features", problem.out_features, _MAX_ROWS)
-        variant = variant or select(self.arch, problem, rows, load_bytes, multiprocessors=self.multiprocessors)
-        blocks = variant.blocks(rows, problem.out_features)
-        _check_range("tiles of the output", blocks, _MAX_BLOCKS)
-        return self.load(variant), blocks
+        variant = variant or select(
+            self.arch, problem, rows, load_bytes, store_bytes, multiprocessors=self.multiprocessors
+        )
+        _check_range("tiles of the output", variant.tiles(rows, problem.out_features), _MAX_BLOCKS)
+        return self.load(variant), variant.blocks(rows, problem.out_features, self.multiprocessors)
 
-    def _launch(self, kernel: LoadedKernel, blocks: int, stream: int, args: FusedLinearArgs) -> None:
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))  # the driver copies the argument before returning
-        variant = kernel.variant
+    def _prepare_launch(
+        self,
+        problem: Problem,
+        rows: int,
+        x: int,
+        x_stride: int,
+        w: int,
+        w_stride: int,
+        bias: int,
+        y: int,
+        y_stride: int,
+        scaling_factor: float,
+        variant: Variant | None,
+    ) -> _PreparedLaunch:
+        """All that a launch needs but its stream; `launch` remembers some thousands."""
+        itemsize, out_itemsize = problem.in_dtype.itemsize, problem.out_dtype.itemsize
+        x_stride_bytes, w_stride_bytes = x_stride * itemsize, w_stride * itemsize
+        # The stride of a single row counts too, so that a row gets the same kernel alone and among others. Rows that
+        # repeat (stride 0) are nothing for tensor maps.
+        load_bytes = alignment(16, x, w, x_stride_bytes or 4, w_stride_bytes or 4)
+        store_bytes = alignment(16, y, y_stride * out_itemsize or 4)
+        kernel, blocks = self._plan(problem, rows, load_bytes, store_bytes, variant)
+        sizes = (rows, problem.in_features, problem.out_features)
+        if not kernel.variant.persistent:
+            x_stride_bytes = x_stride_bytes if rows > 1 else 0
+            w_stride_bytes = w_stride_bytes if problem.out_features > 1 else 0
+            _check_range("row stride of x, bytes,", x_stride_bytes, _MAX_STRIDE_BYTES)
+            _check_range("row stride of w, bytes,", w_stride_bytes, _MAX_STRIDE_BYTES)
+            strides = (y_stride, x_stride_bytes, w_stride_bytes)
+            return _PreparedLaunch(kernel, blocks, FusedLinearArgs(x, w, bias, y, *strides, *sizes, scaling_factor))
+
+        tile, tf32 = kernel.variant, runs_as(problem) == "tf32"
+        x_box_rows, w_box_rows = tile.block_m // tile.cluster_n, tile.block_n // tile.cluster_m
+        if (
+            tile.cluster_m * tile.cluster_n == 1
+        ):  # rows that x doesn't have need not arrive: their outputs aren't stored
+            x_box_rows = min(x_box_rows, rows)
+        in_dtype, k = problem.in_dtype, problem.in_features
+        x_map = tensor_map(x, in_dtype, rows, k, x_stride_bytes, x_box_rows, tf32)
+        w_map = tensor_map(w, in_dtype, problem.out_features, k, w_stride_bytes, w_box_rows, tf32)
+        y_map = TensorMap()
+        if store_bytes == 16:
+            y_map = tensor_map(y, problem.out_dtype, rows, problem.out_features, y_stride * out_itemsize, _Y_BOX_ROWS)
+        maps = (x_map, w_map, y_map)
+        args = FusedLinearSm90Args(*maps, bias, y, y_stride, *sizes, tile.band_rows, x_box_rows, scaling_factor)
+        return _PreparedLaunch(kernel, blocks, args)
+
+    def _launch(self, prepared: _PreparedLaunch, stream: int) -> None:
+        variant = prepared.kernel.variant
         with self._current_context():
             call(
                 "cuLaunchKernel",
-                kernel.function,
-                *(blocks, 1, 1),
+                prepared.kernel.function,
+                *(prepared.blocks, 1, 1),
                 *(variant.threads, 1, 1),
                 variant.shared_bytes,
                 stream,
-                ctypes.addressof(parameters),
+                ctypes.addressof(prepared.parameters),
                 0,
             )
 

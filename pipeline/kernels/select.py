@@ -1,8 +1,10 @@
 """Which kernel and which tile compute a problem on an architecture. Pure Python: no CUDA library, no GPU.
 
-Two kernels cover every shape: `fused_linear_sm80` (tensor cores: bf16, fp16, tf32) and `fused_linear_simt` (exact
-fp32). A `Variant` is one instantiation of a kernel's template. The variants of one problem differ in speed only:
-an output's bits are the same whatever the tile and the load width, hence whatever the number of rows.
+Three kernels cover every shape: `fused_linear_sm90` (Hopper's tensor cores: bf16, fp16, tf32), `fused_linear_sm80`
+(the same through instructions that sm_80 and later have, for any layout) and `fused_linear_simt` (exact fp32). A
+`Variant` is one instantiation of a kernel's template. The variants of one kernel differ in speed only: an output's
+bits are the same whatever the tile, hence whatever the number of rows. Different kernels may differ in the last bit,
+so which kernel runs is decided by element types, sizes of the layer, addresses and strides, never by rows.
 """
 
 from __future__ import annotations
@@ -71,6 +73,40 @@ _SIMT_TILES = (
 
 
 @dataclass(frozen=True)
+class _HopperTile:
+    """A tile of y and the cluster of blocks that share operands (fused_linear_sm90).
+
+    `rate` is how near a full GPU comes to one wgmma after the other inside a tile, power being equal.
+    """
+
+    block_m: int
+    block_n: int
+    cluster_m: int
+    cluster_n: int
+    stages: int
+    min_blocks: int
+    rate: float
+    any_store: bool = False  # also instantiated for outputs that TMA can't write
+
+
+# Rates: H200, N = K = 8192 (interleaved bursts against cuBLAS).
+_HOPPER_TILES = (
+    _HopperTile(128, 256, 2, 1, 4, 1, 1.0, any_store=True),
+    _HopperTile(128, 256, 1, 2, 4, 1, 0.998),
+    _HopperTile(128, 192, 2, 1, 4, 1, 0.985),
+    _HopperTile(128, 192, 1, 2, 4, 1, 0.984),
+    _HopperTile(128, 176, 2, 1, 5, 1, 0.98),
+    _HopperTile(128, 160, 2, 1, 5, 1, 0.975),
+    _HopperTile(128, 128, 2, 1, 6, 1, 0.97),
+    _HopperTile(128, 128, 1, 2, 6, 1, 0.965),
+    _HopperTile(64, 128, 2, 1, 8, 1, 0.55),
+    _HopperTile(64, 64, 1, 1, 6, 2, 0.4, any_store=True),
+)
+_BAND_ROWS = 2048  # rows of x that pass through L2 together: as many as columns of y in a wave of 132 tiles
+_CYCLES_BETWEEN_TILES = 21.0  # for each column of a tile; measured, H200
+
+
+@dataclass(frozen=True)
 class Variant:
     """One instantiation of a kernel, and what launching it takes."""
 
@@ -83,27 +119,58 @@ class Variant:
     min_blocks: int
     shared_bytes: int
     rate: float
+    # Of fused_linear_sm90, whose blocks walk over tiles:
+    persistent: bool = False
+    cluster_m: int = 1
+    cluster_n: int = 1
+    band_rows: int = 1  # rows of clusters in a band (FusedLinearSm90::Walk)
 
     @property
     def source(self) -> str:
         """The translation unit to compile: the kernel's file and an entry with a plain name."""
+        cluster = self.cluster_m * self.cluster_n
+        attribute = f"__cluster_dims__({cluster}, 1, 1) " if cluster > 1 else ""
+        arguments = "FusedLinearSm90Args" if self.persistent else "FusedLinearArgs"
         return (
             f'#include "{self.kernel}.cu"\n'
             f"using Kernel = {self.template};\n"
             f'static_assert(Kernel::kNumThreads == {self.threads}, "host twin");\n'
             f'static_assert(Kernel::kSharedBytes == {self.shared_bytes}, "host twin");\n'
-            f'extern "C" __global__ void __launch_bounds__(Kernel::kNumThreads, {self.min_blocks})\n'
-            f"{self.kernel}(const __grid_constant__ FusedLinearArgs args) {{ Kernel::run(args); }}\n"
+            f'extern "C" __global__ void {attribute}__launch_bounds__(Kernel::kNumThreads, {self.min_blocks})\n'
+            f"{self.kernel}(const __grid_constant__ {arguments} args) {{ Kernel::run(args); }}\n"
         )
 
-    def blocks(self, rows: int, out_features: int) -> int:
-        """Blocks of the one-dimensional grid."""
-        return ceil(rows / self.block_m) * ceil(out_features / self.block_n)
+    def tiles(self, rows: int, out_features: int) -> int:
+        """Tiles of the output, whole clusters of them."""
+        cluster_rows = ceil(rows / (self.block_m * self.cluster_m))
+        cluster_columns = ceil(out_features / (self.block_n * self.cluster_n))
+        return cluster_rows * cluster_columns * self.cluster_m * self.cluster_n
 
-    def cost(self, rows: int, out_features: int, multiprocessors: int) -> float:
-        """Time on a GPU, in arbitrary units: the tiles of the busiest multiprocessor, at this tile's speed."""
-        waves = ceil(self.blocks(rows, out_features) / multiprocessors)
-        return waves * self.block_m * self.block_n / self.rate
+    def waves(self, rows: int, out_features: int, resident_blocks: int) -> int:
+        """Tiles of the busiest of `resident_blocks` blocks."""
+        cluster = self.cluster_m * self.cluster_n
+        return ceil(self.tiles(rows, out_features) / (resident_blocks // cluster * cluster))
+
+    def blocks(self, rows: int, out_features: int, multiprocessors: int) -> int:
+        """Blocks of the one-dimensional grid: one a tile, or as few persistent ones as take the same time."""
+        tiles = self.tiles(rows, out_features)
+        if not self.persistent:
+            return tiles
+        cluster = self.cluster_m * self.cluster_n
+        return ceil(tiles / cluster / self.waves(rows, out_features, multiprocessors * self.min_blocks)) * cluster
+
+    def cost(self, rows: int, out_features: int, in_bytes: int, multiprocessors: int) -> float:
+        """Time on a GPU, in arbitrary units: the tiles of the busiest multiprocessor, at this tile's speed.
+
+        `in_bytes` is the length of a row of x.
+        """
+        if not self.persistent:
+            return self.waves(rows, out_features, multiprocessors) * self.block_m * self.block_n / self.rate
+        cycles = ceil(in_bytes / _ROW_BYTES) * self.block_m * self.block_n / 32 / self.rate
+        cycles += _CYCLES_BETWEEN_TILES * self.block_n
+        if self.min_blocks > 1:  # small tiles wait for memory: blocks that share a multiprocessor share its time
+            return max(1.0, self.tiles(rows, out_features) / multiprocessors) * cycles
+        return self.waves(rows, out_features, multiprocessors) * cycles
 
 
 def architecture(major: int, minor: int, name: str = "this GPU") -> str:
@@ -187,8 +254,48 @@ def _variant(problem: Problem, tile: _Tile, load_bytes: int) -> Variant:
     )
 
 
-def candidates(arch: str, problem: Problem, load_bytes: int) -> list[Variant]:
-    """Every variant that can compute `problem` on `arch` with loads of `load_bytes` (16, 4 or 2), fastest tile first.
+def _hopper_variant(problem: Problem, tile: _HopperTile, tma_store: bool) -> Variant:
+    """The host twin of FusedLinearSm90: its template arguments and constants."""
+    precision = runs_as(problem)
+    numbers = f"{tile.block_m}, {tile.block_n}, {tile.cluster_m}, {tile.cluster_n}, {tile.stages}"
+    block_k = _ROW_BYTES // problem.in_dtype.itemsize
+    consumers = 2 if tile.block_m >= 128 else 1
+    store_bytes = consumers * 4 * 2 * 16 * _ROW_BYTES if tma_store else 0
+    to = "" if problem.out_dtype is problem.in_dtype else f" to {problem.out_dtype}"
+    stores = "" if tma_store else ", direct stores"
+    return Variant(
+        kernel="fused_linear_sm90",
+        template=(
+            f"FusedLinearSm90<{_CXX_TYPES[problem.in_dtype]}, {_CXX_TYPES[problem.out_dtype]}, "
+            f"epilogue::FastSigmoidScaleResidual, {numbers}, {'true' if tma_store else 'false'}>"
+        ),
+        description=(
+            f"fused_linear_sm90<{precision}{to}, {tile.block_m}x{tile.block_n}x{block_k}, cluster "
+            f"{tile.cluster_m}x{tile.cluster_n}, {tile.stages} stages{stores}>"
+        ),
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        threads=consumers * 128 + (128 if consumers == 2 else 32),
+        min_blocks=tile.min_blocks,
+        shared_bytes=tile.stages * ((tile.block_m + tile.block_n) * _ROW_BYTES + 16) + store_bytes,
+        rate=tile.rate,
+        persistent=True,
+        cluster_m=tile.cluster_m,
+        cluster_n=tile.cluster_n,
+        band_rows=max(1, _BAND_ROWS // (tile.block_m * tile.cluster_m)),
+    )
+
+
+def runs_on_tma(arch: str, problem: Problem, load_bytes: int) -> bool:
+    """Whether `fused_linear_sm90` computes the problem; the same for any number of rows."""
+    return arch == "sm_90a" and load_bytes == 16 and problem.in_features > 0 and runs_as(problem) != "ieee"
+
+
+def candidates(arch: str, problem: Problem, load_bytes: int, store_bytes: int = 16) -> list[Variant]:
+    """Every variant that can compute `problem` on `arch`, fastest tile first; all give the same bits.
+
+    `load_bytes` and `store_bytes` are the widest access (16, 4 or 2) that divides all addresses and row strides of
+    x and w, and of y.
 
     Raises:
         DeviceError: unknown architecture.
@@ -202,6 +309,14 @@ def candidates(arch: str, problem: Problem, load_bytes: int) -> list[Variant]:
             f"data is aligned to {load_bytes} byte, {problem.in_dtype} needs {problem.in_dtype.itemsize}; copy it to "
             f"an aligned array first"
         )
+    if runs_on_tma(arch, problem, load_bytes):
+        return [
+            _hopper_variant(problem, tile, store_bytes == 16)
+            for tile in _HOPPER_TILES
+            if tile.any_store or store_bytes == 16
+        ]
+    if problem.in_features == 0:
+        load_bytes = min(load_bytes, 4)  # nothing is loaded; these variants exist on every architecture
     found: dict[tuple[int, int], Variant] = {}
     for tile in tiles:
         variant = _variant(problem, tile, load_bytes)
@@ -210,14 +325,17 @@ def candidates(arch: str, problem: Problem, load_bytes: int) -> list[Variant]:
     return list(found.values())
 
 
-def select(arch: str, problem: Problem, rows: int, alignment: int, *, multiprocessors: int = 132) -> Variant:
-    """The variant that should compute `rows` rows fastest, given the operands' `alignment` (see `alignment`).
+def select(
+    arch: str, problem: Problem, rows: int, load_bytes: int, store_bytes: int = 16, *, multiprocessors: int = 132
+) -> Variant:
+    """The variant that should compute `rows` rows fastest; `load_bytes` and `store_bytes` as in `candidates`.
 
     Raises:
         DeviceError, DTypeError, OptionError: as `candidates`.
     """
-    variants = candidates(arch, problem, alignment)
-    return min(variants, key=lambda v: v.cost(rows, problem.out_features, multiprocessors))
+    variants = candidates(arch, problem, load_bytes, store_bytes)
+    in_bytes = problem.in_features * problem.in_dtype.itemsize
+    return min(variants, key=lambda v: v.cost(rows, problem.out_features, in_bytes, multiprocessors))
 
 
 def all_variants(arch: str, *, every_output: bool = False) -> Iterator[Variant]:
@@ -229,3 +347,5 @@ def all_variants(arch: str, *, every_output: bool = False) -> Iterator[Variant]:
                     problem = Problem(in_dtype, out_dtype, precision, in_features, 8192)
                     for load_bytes in (16, 4, 2)[: 3 if in_dtype.itemsize == 2 else 2]:
                         yield from candidates(arch, problem, load_bytes)
+                    if runs_on_tma(arch, problem, 16):
+                        yield from candidates(arch, problem, 16, store_bytes=4)
