@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
+from math import ceil
 
 import pytest
 
@@ -45,7 +46,11 @@ def test_runs_as_refuses_a_precision_the_data_lacks(problem: Problem) -> None:
 
 
 def test_select_gives_the_reference_layer_the_large_tile() -> None:
-    assert select("sm_90a", BF16, 1024, 16).description == "fused_linear_sm80<bfloat16, 128x256x64, 4 stages>"
+    assert (
+        select("sm_90a", BF16, 1024, 16).description == "fused_linear_sm90<bfloat16, 128x256x64, cluster 2x1, 4 stages>"
+    )
+    assert select("sm_90a", TF32, 1024, 16).description.startswith("fused_linear_sm90<tf32, 128x256x32,")
+    assert select("sm_100a", BF16, 1024, 16).description == "fused_linear_sm80<bfloat16, 128x256x64, 4 stages>"
     assert select("sm_80", TF32, 1024, 16).description == "fused_linear_sm80<tf32, 128x256x32, 3 stages>"
     assert select("sm_86", BF16, 1024, 16).description == "fused_linear_sm80<bfloat16, 128x128x64, 3 stages>"
     assert select("sm_90a", IEEE, 1024, 16).description == "fused_linear_simt<ieee, 128x128x32, 2 stages, sums of 64>"
@@ -53,7 +58,34 @@ def test_select_gives_the_reference_layer_the_large_tile() -> None:
 
 def test_select_gives_few_rows_a_small_tile() -> None:
     assert select("sm_90a", BF16, 16, 16).block_m == 64
+    assert select("sm_80", BF16, 16, 16).block_m == 64
     assert select("sm_90a", IEEE, 16, 16).block_m == 32
+
+
+def test_select_gives_ragged_waves_a_tile_that_fits_them() -> None:
+    """1152 rows: 9 x 43 tiles of 128 x 192 make 2.9 waves, 9 x 32 of 128 x 256 make 2.2, so three of larger ones."""
+    assert select("sm_90a", BF16, 1152, 16).block_n == 192
+    assert select("sm_90a", replace(BF16, in_features=5120, out_features=5120), 1024, 16).block_n == 160
+
+
+@pytest.mark.parametrize("problem", [BF16, TF32, replace(BF16, in_dtype=FLOAT16, precision="float16")])
+@pytest.mark.parametrize("load_bytes", [16, 4])
+@pytest.mark.parametrize("store_bytes", [16, 4])
+def test_select_never_changes_the_kernel_with_the_rows(problem: Problem, load_bytes: int, store_bytes: int) -> None:
+    """Kernels may differ in the last bit, and a row's bits must not depend on the rows beside it."""
+    rows = [*range(1, 300), 1000, 1024, 1152, 3000, 8192, 100_000]
+    kernels = {select("sm_90a", problem, count, load_bytes, store_bytes).kernel for count in rows}
+    assert kernels == {"fused_linear_sm90" if load_bytes == 16 else "fused_linear_sm80"}
+
+
+@pytest.mark.parametrize("change", [{"in_features": 0}, {"precision": "ieee"}, {"precision": "fp32"}])
+def test_select_leaves_what_tensor_maps_cannot_hold_to_the_other_kernels(change: dict[str, object]) -> None:
+    assert select("sm_90a", replace(TF32, **change), 1024, 16).kernel != "fused_linear_sm90"
+
+
+def test_select_stores_directly_where_the_output_is_not_aligned() -> None:
+    variant = select("sm_90a", BF16, 1024, 16, 2)
+    assert variant.kernel == "fused_linear_sm90" and "direct stores" in variant.description
 
 
 def test_select_describes_output_type_and_narrow_loads() -> None:
@@ -106,10 +138,23 @@ def test_alignment_is_the_widest_common_load(counts: tuple[int, ...], expected: 
 
 
 def test_variant_blocks_cover_ragged_outputs() -> None:
-    variant = select("sm_90a", BF16, 1024, 16)
-    assert variant.blocks(1024, 8192) == 256
-    assert variant.blocks(1025, 8193) == 9 * 33
-    assert variant.blocks(1, 1) == 1
+    variant = select("sm_80", BF16, 1024, 16)
+    assert variant.blocks(1024, 8192, 108) == 4 * variant.blocks(512, 4096, 108) == 8 * 32
+    assert variant.blocks(1025, 8193, 108) == 9 * 33
+    assert variant.blocks(1, 1, 108) == 1
+
+
+def test_persistent_variants_launch_whole_clusters_and_no_more_than_they_need() -> None:
+    for problem in (BF16, TF32):
+        for variant in candidates("sm_90a", problem, 16):
+            cluster = variant.cluster_m * variant.cluster_n
+            for rows in (1, 100, 1024, 1025, 3000, 8192):
+                blocks, tiles = variant.blocks(rows, 8192, 132), variant.tiles(rows, 8192)
+                assert blocks % cluster == tiles % cluster == 0
+                assert 0 < blocks <= min(tiles, 132 * variant.min_blocks)
+                assert tiles >= ceil(rows / variant.block_m) * ceil(8192 / variant.block_n)
+    large = select("sm_90a", BF16, 1024, 16)
+    assert large.blocks(1024, 8192, 132) == 128, "two waves need no more than 128 of 132 multiprocessors"
 
 
 def test_kernels_import_without_cuda_or_torch() -> None:

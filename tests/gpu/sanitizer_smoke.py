@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.config import parse_dtype
 from pipeline.kernels.launch import Launcher
-from pipeline.kernels.select import Problem, candidates
+from pipeline.kernels.select import Problem, alignment, candidates
 
 # rows, in_features, out_features: inside one tile, ragged in every direction, and several tiles and ring rounds.
-SHAPES = [(1, 1, 1), (5, 33, 7), (130, 200, 260), (67, 523, 131)]
+SHAPES = [(1, 1, 1), (5, 33, 7), (130, 200, 264), (67, 523, 131), (300, 640, 523)]
 
 
 def call(function: Any, *arguments: Any) -> Any:
@@ -60,8 +60,9 @@ def launch_shape(launcher: Launcher, precision: str, shape: tuple[int, int, int]
     widths = [width for width in (16, 4, 2) if row_bytes % width == 0 and width >= dtype.itemsize]
     result = np.empty((rows, out_features), dtype.carrier)
     launched = 0
+    store_width = alignment(16, out_features * dtype.itemsize)
     for width in widths:
-        for variant in candidates(launcher.arch, problem, width):
+        for variant in candidates(launcher.arch, problem, width, store_width):
             call(driver.cuMemsetD8, y, 0xFF, y_bytes)
             launcher.launch(
                 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -194,11 +195,14 @@ def test_kernels_without_bias_and_with_other_scales(launcher: Launcher, precisio
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("out_features", [301, 304], ids=["unaligned", "aligned"])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_kernels_output_type_is_one_rounding(launcher: Launcher, precision: str, out_dtype: Any) -> None:
+def test_kernels_output_type_is_one_rounding(
+    launcher: Launcher, precision: str, out_features: int, out_dtype: Any
+) -> None:
     torch.manual_seed(2)
     dtype = PRECISIONS[precision]
-    x, (w, bias) = normal(150, 200, dtype), weights(301, 200, dtype)
+    x, (w, bias) = normal(150, 200, dtype), weights(out_features, 200, dtype)
     full = run(launcher, x, w, bias, precision=precision, out_dtype=torch.float32)
     y = run(launcher, x, w, bias, precision=precision, out_dtype=out_dtype)
     assert torch.equal(bits(y), bits(full.to(out_dtype)))
@@ -222,19 +226,42 @@ def test_kernels_bits_of_a_row_do_not_depend_on_the_launch(
         assert torch.equal(bits(y), bits(full[start : start + rows])), f"{rows} rows from {start} differ"
 
 
+@pytest.mark.parametrize("rows", [1, 64, 65, 333])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_kernels_variants_agree_to_the_bit(launcher: Launcher, precision: str) -> None:
-    """Every tile and load width, on data that all of them can read."""
+def test_kernels_variants_agree_to_the_bit(launcher: Launcher, precision: str, rows: int) -> None:
+    """Every tile, load width and way to store of each kernel, on data that all of them can read."""
     torch.manual_seed(4)
     dtype = PRECISIONS[precision]
-    x, (w, bias) = normal(333, 1000, dtype), weights(777, 1000, dtype)
+    x, (w, bias) = normal(rows, 1000, dtype), weights(776, 1000, dtype)
     problem = problem_of(x, w, precision, dtype)
     widths = (16, 4) if dtype == torch.float32 else (16, 4, 2)
-    variants = [variant for width in widths for variant in candidates(launcher.arch, problem, width)]
-    outputs = [run(launcher, x, w, bias, precision=precision, variant=variant) for variant in variants]
-    for variant, y in zip(variants, outputs, strict=True):
+    found = [variant for width in widths for variant in candidates(launcher.arch, problem, width)]
+    found += [variant for variant in candidates(launcher.arch, problem, 16, 4) if variant not in found]
+    outputs: dict[str, tuple[str, Any]] = {}
+    for variant in found:
+        y = run(launcher, x, w, bias, precision=precision, variant=variant)
         assert not y.isnan().any(), variant.description
-        assert torch.equal(bits(y), bits(outputs[0])), f"{variant.description} differs from {variants[0].description}"
+        name, first = outputs.setdefault(variant.kernel, (variant.description, y))
+        assert torch.equal(bits(y), bits(first)), f"{variant.description} differs from {name}"
+
+
+@pytest.mark.parametrize("out_features", [8, 520, 523, 1040])
+@pytest.mark.parametrize("in_features", [8, 64, 72, 4104])
+@pytest.mark.parametrize("precision", ["tf32", "bfloat16", "float16"])
+def test_kernels_every_hopper_tile_is_right_on_ragged_sizes(
+    launcher: Launcher, precision: str, in_features: int, out_features: int
+) -> None:
+    """Rows and columns that end inside a tile, a cluster or a slice; k shorter than the ring; several waves."""
+    dtype = PRECISIONS[precision]
+    for rows in (1, 63, 200, 2500):
+        x, (w, bias) = normal(rows, in_features, dtype), weights(out_features, in_features, dtype)
+        expected = reference(x, w, bias) if precision != "tf32" else reference(to_tf32(x), to_tf32(w), bias)
+        problem = problem_of(x, w, precision, dtype)
+        for variant in candidates(launcher.arch, problem, 16, 16 if out_features % 8 == 0 else 2):
+            y = run(launcher, x, w, bias, precision=precision, variant=variant)
+            error = math.sqrt(squared(y - expected) / squared(expected))
+            limit = {"tf32": 3e-5, "bfloat16": 4e-3, "float16": 5e-4}[precision]
+            assert error < limit, f"{variant.description}, {rows} rows: {error:.2e}"
 
 
 @pytest.mark.parametrize("in_features", [64, 65, 100])
@@ -287,7 +314,7 @@ def test_kernels_without_input_features_give_the_tail_of_the_bias(launcher: Laun
 
 def test_launcher_prepare_describes_the_kernel(launcher: Launcher) -> None:
     problem = Problem(parse_dtype("bfloat16"), parse_dtype("bfloat16"), "bfloat16", 8192, 8192)
-    assert launcher.prepare(problem, 1024).startswith("fused_linear_sm80<bfloat16, 128x")
+    assert re.match(r"fused_linear_sm\d+<bfloat16, 128x", launcher.prepare(problem, 1024))
     assert "2-byte loads" in launcher.prepare(replace(problem, in_features=8191), 1024)
 
 
