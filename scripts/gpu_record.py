@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SANITIZER_TOOLS = ("memcheck", "racecheck")
+SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 PACKAGES = ("torch", "numpy", "cuda-core", "cuda-bindings", "cuda-toolkit", "nvidia-cuda-nvrtc", "nvtx", "pytest")
 
 
