@@ -183,6 +183,25 @@ class HostWeights:
             out[first:stop] = torch.from_numpy(sigmoid_scale_add(z.numpy(), scaling_factor))
 
 
+def _rows_for_kernel(matrix: torch.Tensor) -> torch.Tensor:
+    """`matrix`, or a copy where its rows aren't contiguous, or aligned for the copy engine as those of a copy would be.
+
+    NOTE: which kernel runs depends on alignment, and two kernels may differ in the last bit. With the copy, bits depend
+    on values alone, and the faster kernel makes up for it.
+    """
+    import torch
+
+    row_stride, stride = matrix.stride()
+    rows, columns = matrix.shape
+    scattered = stride != 1 and columns > 1
+    repeated = row_stride == 0 and rows > 1
+    itemsize = matrix.element_size()
+    misaligned = (matrix.data_ptr() | row_stride * itemsize) % 16 != 0 and columns * itemsize % 16 == 0
+    if scattered or repeated or misaligned:
+        return matrix.clone(memory_format=torch.contiguous_format)
+    return matrix
+
+
 def launch_on_gpu(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -193,15 +212,14 @@ def launch_on_gpu(
 ) -> None:
     """Queue the fused kernel on the caller's current CUDA stream: out[:] = layer(x). Returns before it has run.
 
-    All tensors on one GPU; `x` and `out` may have any row stride, `weight` and `bias` are contiguous.
+    All tensors on one GPU; `x` and `weight` may have any strides, `out` any row stride, `bias` is contiguous.
     """
     import torch
 
     from pipeline.kernels.launch import Launcher
     from pipeline.kernels.select import Problem
 
-    if x.stride(1) != 1 and x.shape[1] > 1:
-        x = x.contiguous()
+    x, weight = _rows_for_kernel(x), _rows_for_kernel(weight)
     ordinal = x.device.index
     problem = Problem(parse_dtype(x.dtype), parse_dtype(out.dtype), precision, weight.shape[1], weight.shape[0])
     with torch.cuda.device(ordinal):  # the launcher makes this GPU current; the caller's comes back

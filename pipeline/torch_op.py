@@ -155,7 +155,7 @@ def _cuda(
 ) -> torch.Tensor:
     precision = _check(A, B, C, scaling_factor, precision)
     out = torch.empty((A.shape[0], B.shape[0]), dtype=A.dtype, device=A.device)
-    launch_on_gpu(A, B.contiguous(), C.contiguous(), scaling_factor, precision, out)
+    launch_on_gpu(A, B, C.contiguous(), scaling_factor, precision, out)
     return out
 
 

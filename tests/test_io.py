@@ -47,6 +47,7 @@ from pipeline.errors import (
     ShapeError,
 )
 from pipeline.io.sources import open_npy
+from pipeline.kernels.driver import count_gpus
 
 IN, OUT = 6, 5
 LAYER = random_layer(IN, OUT)
@@ -584,6 +585,7 @@ def test_bad_input_is_refused_by_name_and_nothing_is_left_behind(name: str, fold
     source = source() if callable(source) else source
     source, out = (value.format(folder) if isinstance(value, str) else value for value in (source, out))
     before = {path: path.stat(follow_symlinks=False) for path in folder.iterdir()}
+    count_gpus()  # once started, CUDA's driver keeps its file descriptors
     with nothing_left_behind():
         with pytest.raises(error) as caught:
             run_pipelined(LAYER, source, out, **{"devices": "cpu", "chunk_rows": 16, **options})
