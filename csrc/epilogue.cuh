@@ -30,25 +30,6 @@ struct FastSigmoidScaleResidual {
     const float sigmoid = ptx::rcp_approx(__fadd_rn(1.0f, ptx::ex2_approx(__fmul_rn(z, kMinusLog2E))));
     return __fmaf_rn(scaling_factor, sigmoid, z);
   }
-
-  // Four at once with five MUFU operations: 1/a = (1/abcd) (cd) b. Bits depend on all four, which must therefore be
-  // the same four elements of y whatever the launch. Exponents are clamped to 30, so that the product stays finite:
-  // sigmoid is then 1e-9 where it should be less. NaN stays with its element: the minimum drops it, z brings it back.
-  __device__ __forceinline__ void operator()(float (&z)[4]) const {
-    constexpr float kMinusLog2E = -1.4426950408889634f;
-    float a[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      a[i] = __fadd_rn(1.0f, ptx::ex2_approx(fminf(__fmul_rn(z[i], kMinusLog2E), 30.0f)));
-    }
-    const float low = __fmul_rn(a[0], a[1]), high = __fmul_rn(a[2], a[3]);
-    const float inverse = ptx::rcp_approx(__fmul_rn(low, high));
-    const float inverse_low = __fmul_rn(inverse, high), inverse_high = __fmul_rn(inverse, low);
-    z[0] = __fmaf_rn(scaling_factor, __fmul_rn(inverse_low, a[1]), z[0]);
-    z[1] = __fmaf_rn(scaling_factor, __fmul_rn(inverse_low, a[0]), z[1]);
-    z[2] = __fmaf_rn(scaling_factor, __fmul_rn(inverse_high, a[3]), z[2]);
-    z[3] = __fmaf_rn(scaling_factor, __fmul_rn(inverse_high, a[2]), z[3]);
-  }
 };
 
 }  // namespace epilogue

@@ -1,5 +1,5 @@
-// Inline PTX of sm_90a, one instruction a function: barriers in shared memory, clusters and the bulk tensor copy
-// engine (TMA). Names follow the PTX ISA manual, where each is documented. Matrix products are in wgmma.cuh.
+// Inline PTX of sm_90a, one instruction a function: barriers in shared memory and the bulk tensor copy engine
+// (TMA). Names follow the PTX ISA manual, where each is documented. Matrix products are in wgmma.cuh.
 #pragma once
 
 #include "ptx.cuh"
@@ -18,7 +18,7 @@ __device__ __forceinline__ void mbarrier_init(unsigned barrier, unsigned arrival
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes initialised barriers visible to the other blocks of the cluster and to the copy engine.
+// Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -26,21 +26,6 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 // Arrives and announces `bytes` that copies will bring in this phase.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(unsigned barrier, unsigned bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Arrives at the barrier of block `rank` of the cluster that lies where `barrier` lies in this block.
-//
-// NOTE: without `.release.cluster`, which costs a MEMBAR.GPU at each call (measured: the whole kernel a third slower).
-// It isn't needed to tell that data was read by wgmma: nothing was written.
-__device__ __forceinline__ void mbarrier_arrive_cluster(unsigned barrier, unsigned rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
 }
 
 __device__ __forceinline__ void mbarrier_arrive(unsigned barrier) {
@@ -67,18 +52,6 @@ __device__ __forceinline__ void mbarrier_wait(unsigned barrier, unsigned parity)
   }
 }
 
-// --- Clusters ---
-
-__device__ __forceinline__ unsigned cluster_rank() {
-  unsigned rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
 // --- The bulk tensor copy engine ---
 
 __device__ __forceinline__ void prefetch_tensormap(const TensorMap* map) {
@@ -93,16 +66,6 @@ __device__ __forceinline__ void tma_load(unsigned destination, const TensorMap* 
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
           destination),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
-
-// The same into every block of the cluster whose bit is set in `blocks`, at the same places in each.
-__device__ __forceinline__ void tma_load_multicast(unsigned destination, const TensorMap* map, int column, int row,
-                                                   unsigned barrier, unsigned short blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-      " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(destination),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
       : "memory");
 }
 

@@ -34,7 +34,7 @@ template <typename In, int N>
 struct Wgmma;
 
 // clang-format off
-// Each list extends the one before it by eight accumulators.
+// Each list extends the one before it by eight accumulators, that of 168 by four.
 #define WGMMA_REGISTERS_16 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define WGMMA_REGISTERS_32 WGMMA_REGISTERS_16 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_REGISTERS_48 WGMMA_REGISTERS_32 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -45,6 +45,7 @@ struct Wgmma;
 #define WGMMA_REGISTERS_128 WGMMA_REGISTERS_112 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define WGMMA_REGISTERS_144 WGMMA_REGISTERS_128 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define WGMMA_REGISTERS_160 WGMMA_REGISTERS_144 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define WGMMA_REGISTERS_168 WGMMA_REGISTERS_160 ", %80, %81, %82, %83"
 #define WGMMA_REGISTERS_176 WGMMA_REGISTERS_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define WGMMA_REGISTERS_192 WGMMA_REGISTERS_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
 #define WGMMA_REGISTERS_208 WGMMA_REGISTERS_192 ", %96, %97, %98, %99, %100, %101, %102, %103"
@@ -61,6 +62,7 @@ struct Wgmma;
 #define WGMMA_OPERANDS_128 WGMMA_OPERANDS_112, "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
 #define WGMMA_OPERANDS_144 WGMMA_OPERANDS_128, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
 #define WGMMA_OPERANDS_160 WGMMA_OPERANDS_144, "+f"(d[72]), "+f"(d[73]), "+f"(d[74]), "+f"(d[75]), "+f"(d[76]), "+f"(d[77]), "+f"(d[78]), "+f"(d[79])
+#define WGMMA_OPERANDS_168 WGMMA_OPERANDS_160, "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83])
 #define WGMMA_OPERANDS_176 WGMMA_OPERANDS_160, "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
 #define WGMMA_OPERANDS_192 WGMMA_OPERANDS_176, "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
 #define WGMMA_OPERANDS_208 WGMMA_OPERANDS_192, "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103])
@@ -91,6 +93,8 @@ WGMMA_ALL_TYPES(96, 48, 49, 50)
 WGMMA_ALL_TYPES(112, 56, 57, 58)
 WGMMA_ALL_TYPES(128, 64, 65, 66)
 WGMMA_ALL_TYPES(160, 80, 81, 82)
+WGMMA_ALL_TYPES(144, 72, 73, 74)
+WGMMA_ALL_TYPES(168, 84, 85, 86)
 WGMMA_ALL_TYPES(176, 88, 89, 90)
 WGMMA_ALL_TYPES(192, 96, 97, 98)
 WGMMA_ALL_TYPES(256, 128, 129, 130)

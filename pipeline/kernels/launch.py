@@ -237,14 +237,10 @@ class Launcher:
             return _PreparedLaunch(kernel, blocks, FusedLinearArgs(x, w, bias, y, *strides, *sizes, scaling_factor))
 
         tile, tf32 = kernel.variant, runs_as(problem) == "tf32"
-        x_box_rows, w_box_rows = tile.block_m // tile.cluster_n, tile.block_n // tile.cluster_m
-        if (
-            tile.cluster_m * tile.cluster_n == 1
-        ):  # rows that x doesn't have need not arrive: their outputs aren't stored
-            x_box_rows = min(x_box_rows, rows)
+        x_box_rows = min(tile.block_m, rows)  # rows that x doesn't have need not arrive: their outputs aren't stored
         in_dtype, k = problem.in_dtype, problem.in_features
         x_map = tensor_map(x, in_dtype, rows, k, x_stride_bytes, x_box_rows, tf32)
-        w_map = tensor_map(w, in_dtype, problem.out_features, k, w_stride_bytes, w_box_rows, tf32)
+        w_map = tensor_map(w, in_dtype, problem.out_features, k, w_stride_bytes, tile.block_n, tf32)
         y_map = TensorMap()
         if store_bytes == 16:
             y_map = tensor_map(y, problem.out_dtype, rows, problem.out_features, y_stride * out_itemsize, _Y_BOX_ROWS)

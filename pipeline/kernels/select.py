@@ -74,33 +74,28 @@ _SIMT_TILES = (
 
 @dataclass(frozen=True)
 class _HopperTile:
-    """A tile of y and the cluster of blocks that share operands (fused_linear_sm90).
-
-    `rate` is how near a full GPU comes to one wgmma after the other inside a tile, power being equal.
-    """
+    """A tile of y (fused_linear_sm90); `rate` is its speed inside a tile against the best tile's."""
 
     block_m: int
     block_n: int
-    cluster_m: int
-    cluster_n: int
     stages: int
     min_blocks: int
     rate: float
+    ping_pong: bool = False  # two consumers in turns, not side by side
     any_store: bool = False  # also instantiated for outputs that TMA can't write
 
 
 # Rates: H200, N = K = 8192 (interleaved bursts against cuBLAS).
 _HOPPER_TILES = (
-    _HopperTile(128, 256, 2, 1, 4, 1, 1.0, any_store=True),
-    _HopperTile(128, 256, 1, 2, 4, 1, 0.998),
-    _HopperTile(128, 192, 2, 1, 4, 1, 0.985),
-    _HopperTile(128, 192, 1, 2, 4, 1, 0.984),
-    _HopperTile(128, 176, 2, 1, 5, 1, 0.98),
-    _HopperTile(128, 160, 2, 1, 5, 1, 0.975),
-    _HopperTile(128, 128, 2, 1, 6, 1, 0.97),
-    _HopperTile(128, 128, 1, 2, 6, 1, 0.965),
-    _HopperTile(64, 128, 2, 1, 8, 1, 0.55),
-    _HopperTile(64, 64, 1, 1, 6, 2, 0.4, any_store=True),
+    _HopperTile(128, 192, 5, 1, 1.0, ping_pong=True, any_store=True),
+    _HopperTile(128, 176, 5, 1, 1.0, ping_pong=True),
+    _HopperTile(128, 168, 5, 1, 1.0, ping_pong=True),
+    _HopperTile(128, 160, 5, 1, 1.0, ping_pong=True),
+    _HopperTile(128, 144, 6, 1, 1.0, ping_pong=True),
+    _HopperTile(128, 128, 6, 1, 1.0, ping_pong=True),
+    _HopperTile(128, 256, 4, 1, 1.0),
+    _HopperTile(64, 128, 8, 1, 0.55),
+    _HopperTile(64, 64, 6, 2, 0.4, any_store=True),
 )
 _BAND_ROWS = 2048  # rows of x that pass through L2 together: as many as columns of y in a wave of 132 tiles
 _CYCLES_BETWEEN_TILES = 21.0  # for each column of a tile; measured, H200
@@ -121,43 +116,36 @@ class Variant:
     rate: float
     # Of fused_linear_sm90, whose blocks walk over tiles:
     persistent: bool = False
-    cluster_m: int = 1
-    cluster_n: int = 1
-    band_rows: int = 1  # rows of clusters in a band (FusedLinearSm90::Walk)
+    ping_pong: bool = False
+    band_rows: int = 1  # rows of tiles in a band (FusedLinearSm90::Walk)
 
     @property
     def source(self) -> str:
         """The translation unit to compile: the kernel's file and an entry with a plain name."""
-        cluster = self.cluster_m * self.cluster_n
-        attribute = f"__cluster_dims__({cluster}, 1, 1) " if cluster > 1 else ""
         arguments = "FusedLinearSm90Args" if self.persistent else "FusedLinearArgs"
         return (
             f'#include "{self.kernel}.cu"\n'
             f"using Kernel = {self.template};\n"
             f'static_assert(Kernel::kNumThreads == {self.threads}, "host twin");\n'
             f'static_assert(Kernel::kSharedBytes == {self.shared_bytes}, "host twin");\n'
-            f'extern "C" __global__ void {attribute}__launch_bounds__(Kernel::kNumThreads, {self.min_blocks})\n'
+            f'extern "C" __global__ void __launch_bounds__(Kernel::kNumThreads, {self.min_blocks})\n'
             f"{self.kernel}(const __grid_constant__ {arguments} args) {{ Kernel::run(args); }}\n"
         )
 
     def tiles(self, rows: int, out_features: int) -> int:
-        """Tiles of the output, whole clusters of them."""
-        cluster_rows = ceil(rows / (self.block_m * self.cluster_m))
-        cluster_columns = ceil(out_features / (self.block_n * self.cluster_n))
-        return cluster_rows * cluster_columns * self.cluster_m * self.cluster_n
+        """Tiles of the output."""
+        return ceil(rows / self.block_m) * ceil(out_features / self.block_n)
 
     def waves(self, rows: int, out_features: int, resident_blocks: int) -> int:
         """Tiles of the busiest of `resident_blocks` blocks."""
-        cluster = self.cluster_m * self.cluster_n
-        return ceil(self.tiles(rows, out_features) / (resident_blocks // cluster * cluster))
+        return ceil(self.tiles(rows, out_features) / resident_blocks)
 
     def blocks(self, rows: int, out_features: int, multiprocessors: int) -> int:
         """Blocks of the one-dimensional grid: one a tile, or as few persistent ones as take the same time."""
         tiles = self.tiles(rows, out_features)
         if not self.persistent:
             return tiles
-        cluster = self.cluster_m * self.cluster_n
-        return ceil(tiles / cluster / self.waves(rows, out_features, multiprocessors * self.min_blocks)) * cluster
+        return ceil(tiles / self.waves(rows, out_features, multiprocessors * self.min_blocks))
 
     def cost(self, rows: int, out_features: int, in_bytes: int, multiprocessors: int) -> float:
         """Time on a GPU, in arbitrary units: the tiles of the busiest multiprocessor, at this tile's speed.
@@ -166,11 +154,13 @@ class Variant:
         """
         if not self.persistent:
             return self.waves(rows, out_features, multiprocessors) * self.block_m * self.block_n / self.rate
-        cycles = ceil(in_bytes / _ROW_BYTES) * self.block_m * self.block_n / 32 / self.rate
-        cycles += _CYCLES_BETWEEN_TILES * self.block_n
+        product = ceil(in_bytes / _ROW_BYTES) * self.block_m * self.block_n / 32 / self.rate
+        store = _CYCLES_BETWEEN_TILES * self.block_n
+        if self.ping_pong:  # one warpgroup stores while the other multiplies, but for the last tile
+            return self.waves(rows, out_features, multiprocessors) * max(product, store / 2) + store
         if self.min_blocks > 1:  # small tiles wait for memory: blocks that share a multiprocessor share its time
-            return max(1.0, self.tiles(rows, out_features) / multiprocessors) * cycles
-        return self.waves(rows, out_features, multiprocessors) * cycles
+            return max(1.0, self.tiles(rows, out_features) / multiprocessors) * (product + store)
+        return self.waves(rows, out_features, multiprocessors) * (product + store)
 
 
 def architecture(major: int, minor: int, name: str = "this GPU") -> str:
@@ -254,35 +244,39 @@ def _variant(problem: Problem, tile: _Tile, load_bytes: int) -> Variant:
     )
 
 
+def _cxx(value: bool) -> str:
+    return "true" if value else "false"
+
+
 def _hopper_variant(problem: Problem, tile: _HopperTile, tma_store: bool) -> Variant:
     """The host twin of FusedLinearSm90: its template arguments and constants."""
     precision = runs_as(problem)
-    numbers = f"{tile.block_m}, {tile.block_n}, {tile.cluster_m}, {tile.cluster_n}, {tile.stages}"
+    numbers = f"{tile.block_m}, {tile.block_n}, {tile.stages}"
     block_k = _ROW_BYTES // problem.in_dtype.itemsize
     consumers = 2 if tile.block_m >= 128 else 1
-    store_bytes = consumers * 4 * 2 * 16 * _ROW_BYTES if tma_store else 0
+    store_bytes = consumers * 4 * (1 if tile.ping_pong else 2) * 16 * _ROW_BYTES if tma_store else 0
     to = "" if problem.out_dtype is problem.in_dtype else f" to {problem.out_dtype}"
+    turns = ", ping-pong" if tile.ping_pong else ""
     stores = "" if tma_store else ", direct stores"
     return Variant(
         kernel="fused_linear_sm90",
         template=(
             f"FusedLinearSm90<{_CXX_TYPES[problem.in_dtype]}, {_CXX_TYPES[problem.out_dtype]}, "
-            f"epilogue::FastSigmoidScaleResidual, {numbers}, {'true' if tma_store else 'false'}>"
+            f"epilogue::FastSigmoidScaleResidual, {numbers}, {_cxx(tile.ping_pong)}, {_cxx(tma_store)}>"
         ),
         description=(
-            f"fused_linear_sm90<{precision}{to}, {tile.block_m}x{tile.block_n}x{block_k}, cluster "
-            f"{tile.cluster_m}x{tile.cluster_n}, {tile.stages} stages{stores}>"
+            f"fused_linear_sm90<{precision}{to}, {tile.block_m}x{tile.block_n}x{block_k}, {tile.stages} stages"
+            f"{turns}{stores}>"
         ),
         block_m=tile.block_m,
         block_n=tile.block_n,
         threads=consumers * 128 + (128 if consumers == 2 else 32),
         min_blocks=tile.min_blocks,
-        shared_bytes=tile.stages * ((tile.block_m + tile.block_n) * _ROW_BYTES + 16) + store_bytes,
+        shared_bytes=tile.stages * ((tile.block_m + tile.block_n) * _ROW_BYTES + 16) + store_bytes + 16,
         rate=tile.rate,
         persistent=True,
-        cluster_m=tile.cluster_m,
-        cluster_n=tile.cluster_n,
-        band_rows=max(1, _BAND_ROWS // (tile.block_m * tile.cluster_m)),
+        ping_pong=tile.ping_pong,
+        band_rows=_BAND_ROWS // tile.block_m,
     )
 
 

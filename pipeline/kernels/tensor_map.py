@@ -71,7 +71,7 @@ def tensor_map(
         ctypes.byref((ctypes.c_uint32 * 2)(1, 1)),
         int(enums.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE),
         int(enums.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B),
-        int(enums.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B),
+        int(enums.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B),
         int(enums.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
     )
     if code != 0:
