@@ -5,11 +5,10 @@
 //   rounding to y's element type at the end.
 //
 // The kernel is persistent: as many blocks as the GPU holds walk over the output, computing one BLOCK_M x BLOCK_N tile
-// after the other. One thread, the producer, keeps a ring of kNumStages k-tiles full; consumer warpgroups multiply
-// them, accumulators in registers. Two of them share the work in one of two ways: side by side, each with half the
-// rows of every tile, or in turns (kPingPong), each with every other tile, so that one finishes and stores its tile
-// while the other keeps the tensor cores busy. Consumers wait for nothing but full stages and their turn. Outputs leave
-// through small buffers of each warp's own and TMA stores.
+// after the other. One thread, the producer, keeps a ring of kNumStages k-tiles full. Two consumer warpgroups multiply
+// them in turns, each every other tile with accumulators in registers: one finishes and stores its tile while the other
+// keeps the tensor cores busy ("ping-pong"). Consumers wait for nothing but full stages and their turn. Outputs leave
+// through a small buffer of each warp's own and TMA stores.
 //
 // NOTE: no clusters and no multicast. They save nothing here: the GPU joins reads of the same lines by neighbouring
 // multiprocessors on their way to L2 by itself, and then reads no more than with multicast in clusters of two (ncu,
@@ -60,15 +59,11 @@ __device__ __forceinline__ unsigned pack<__nv_bfloat16>(float v0, float v1) {
   return *reinterpret_cast<const unsigned*>(&packed);
 }
 
-template <typename In, typename Out, typename Epilogue, int BLOCK_M, int BLOCK_N, int kNumStages, bool kPingPong,
-          bool kTmaStore>
+template <typename In, typename Out, typename Epilogue, int BLOCK_M, int BLOCK_N, int kNumStages, bool kTmaStore>
 struct FusedLinearSm90 {
-  static constexpr int kConsumers = BLOCK_M >= 128 ? 2 : 1;
-  static constexpr int kConsumerThreads = kConsumers * 128;
-  static constexpr int kNumThreads = kConsumerThreads + (kConsumers == 2 ? 128 : 32);
-  static constexpr int kWarpgroupRows = kPingPong ? BLOCK_M : 64;  // of a tile, for one consumer warpgroup
-  static constexpr int kParts = kWarpgroupRows / 64;               // a wgmma has 64 rows
-  static constexpr int kTurns = kPingPong ? 2 : 1;                 // a warpgroup computes every kTurns-th tile
+  static constexpr int kConsumerThreads = 2 * 128;
+  static constexpr int kNumThreads = kConsumerThreads + 128;
+  static constexpr int kParts = BLOCK_M / 64;  // a wgmma has 64 rows
 
   static constexpr int kRowBytes = 128;
   static constexpr int BLOCK_K = kRowBytes / sizeof(In);
@@ -76,12 +71,13 @@ struct FusedLinearSm90 {
   static constexpr int kBytesX = BLOCK_M * kRowBytes;
   static constexpr int kStageBytes = (BLOCK_M + BLOCK_N) * kRowBytes;
 
-  // A warp's output leaves in slices of 16 rows x 128 bytes, through buffers of its own.
+  // A warp's output leaves in slices of 16 rows x 128 bytes, through buffers of its own: two if they fit.
   static constexpr int kSliceColumns = kRowBytes / sizeof(Out);
   static constexpr int kSlices = (BLOCK_N + kSliceColumns - 1) / kSliceColumns;
   static constexpr int kSliceBytes = 16 * kRowBytes;
-  static constexpr int kStoreBuffers = kPingPong ? 1 : 2;
-  static constexpr int kStoreBytes = kTmaStore ? kConsumerThreads / 32 * kStoreBuffers * kSliceBytes : 0;
+  static constexpr int kBufferBytes = kConsumerThreads / 32 * kSliceBytes;  // one for each warp
+  static constexpr int kStoreBuffers = kNumStages * (kStageBytes + 16) + 16 + 2 * kBufferBytes <= 227 * 1024 ? 2 : 1;
+  static constexpr int kStoreBytes = kTmaStore ? kStoreBuffers * kBufferBytes : 0;
 
   static constexpr int kBarriersOffset = kNumStages * kStageBytes + kStoreBytes;
   static constexpr int kTurnsOffset = kBarriersOffset + kNumStages * 16;
@@ -91,9 +87,7 @@ struct FusedLinearSm90 {
   static constexpr int kConsumerRegisters = 240;
 
   static_assert(sizeof(In) == 2 || sizeof(In) == 4, "bf16, fp16, or fp32 as tf32");
-  static_assert(BLOCK_M == 64 * kConsumers, "see kParts");
-  static_assert(!kPingPong || kConsumers == 2, "turns need two");
-  static_assert(BLOCK_N <= 256 && kParts * BLOCK_N <= 384, "accumulators fit the registers");
+  static_assert(BLOCK_M % 64 == 0 && BLOCK_N <= 256 && kParts * BLOCK_N <= 384, "accumulators fit the registers");
   static_assert(BLOCK_N % 8 == 0 && BLOCK_N >= kSliceColumns, "see store");
   static_assert(kBytesX % 1024 == 0 && kStageBytes % 1024 == 0, "swizzle atoms are aligned");
   static_assert(kNumStages >= 2, "loads overlap products");
@@ -192,17 +186,16 @@ struct FusedLinearSm90 {
   };
 
   // One consumer warpgroup's products for a tile. One group of them is in flight while the next is issued.
-  // `first_row` is its first row in the tile.
   static __device__ __forceinline__ void multiply(Accumulators (&d)[kParts], Ring& ring, Turn& turn, int k_tiles,
-                                                  unsigned first_row, unsigned lane) {
+                                                  unsigned lane) {
     constexpr unsigned kPartStep = 64 * kRowBytes / 16;  // in a descriptor
     unsigned unreleased = 0;
-    if (kPingPong) turn.wait();
+    turn.wait();
 #pragma unroll 1
     for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
       ptx::mbarrier_wait(ring.full(), ring.parity);
-      if (kPingPong && k_tile == k_tiles - 1) turn.pass(lane);
-      const unsigned long long x = ptx::wgmma_descriptor(ring.data() + first_row * kRowBytes);
+      if (k_tile == k_tiles - 1) turn.pass(lane);
+      const unsigned long long x = ptx::wgmma_descriptor(ring.data());
       const unsigned long long w = ptx::wgmma_descriptor(ring.data() + kBytesX);
       pin(d);
       ptx::wgmma_fence();
@@ -290,7 +283,7 @@ struct FusedLinearSm90 {
       const int first =
           slice * kSliceColumns + kSliceColumns <= BLOCK_N ? slice * kSliceColumns : BLOCK_N - kSliceColumns;
       const unsigned buffer = buffers + slice % kStoreBuffers * kSliceBytes;
-      if (lane == 0) {  // the last tile's final slice may have gone through this same buffer
+      if (lane == 0) {  // the final slice of the 64 rows before may have gone through this same buffer
         if (slice == 0) {
           ptx::bulk_wait_read<0>();
         } else {
@@ -351,21 +344,20 @@ struct FusedLinearSm90 {
     const unsigned warp = threadIdx.x / 32;
     const unsigned warpgroup = warp / 4;
     const unsigned buffers = shared + kNumStages * kStageBytes + warp * kStoreBuffers * kSliceBytes;
-    const unsigned first_row = kPingPong ? 0 : warpgroup * 64;
     unsigned tile = blockIdx.x;
-    if (kPingPong && warpgroup == 1) {
+    if (warpgroup == 1) {
       ring.skip(k_tiles);
       tile += gridDim.x;
     }
     Turn turn(shared, warpgroup);
     Accumulators d[kParts];
-    for (; tile < walk.tiles; tile += kTurns * gridDim.x) {
+    for (; tile < walk.tiles; tile += 2 * gridDim.x) {
       int m0, n0;
       walk.origin(tile, m0, n0);
-      m0 += first_row + warp % 4 * 16;
+      m0 += warp % 4 * 16;
       Bias bias(args, n0, lane);
-      multiply(d, ring, turn, k_tiles, first_row, lane);
-      if (kPingPong) ring.skip(k_tiles);
+      multiply(d, ring, turn, k_tiles, lane);
+      ring.skip(k_tiles);  // the other's
       bias.join();
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
@@ -389,7 +381,7 @@ struct FusedLinearSm90 {
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kNumStages; ++stage) {
         ptx::mbarrier_init(ring.barriers + stage * 16, 1);
-        ptx::mbarrier_init(ring.barriers + stage * 16 + 8, kConsumerThreads / kTurns / 32);
+        ptx::mbarrier_init(ring.barriers + stage * 16 + 8, 4);
       }
       for (int warpgroup = 0; warpgroup < 2; ++warpgroup) ptx::mbarrier_init(shared + kTurnsOffset + warpgroup * 8, 4);
       ptx::fence_mbarrier_init();
@@ -402,10 +394,10 @@ struct FusedLinearSm90 {
     __syncthreads();
 
     if (threadIdx.x >= kConsumerThreads) {
-      if constexpr (kConsumers == 2) ptx::setmaxnreg_dec<kProducerRegisters>();
+      ptx::setmaxnreg_dec<kProducerRegisters>();
       if (threadIdx.x == kConsumerThreads) produce(args, ring, walk, k_tiles);
     } else {
-      if constexpr (kConsumers == 2) ptx::setmaxnreg_inc<kConsumerRegisters>();
+      ptx::setmaxnreg_inc<kConsumerRegisters>();
       consume(args, ring, walk, k_tiles, shared);
     }
   }

@@ -48,10 +48,6 @@ struct Wgmma;
 #define WGMMA_REGISTERS_168 WGMMA_REGISTERS_160 ", %80, %81, %82, %83"
 #define WGMMA_REGISTERS_176 WGMMA_REGISTERS_160 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define WGMMA_REGISTERS_192 WGMMA_REGISTERS_176 ", %88, %89, %90, %91, %92, %93, %94, %95"
-#define WGMMA_REGISTERS_208 WGMMA_REGISTERS_192 ", %96, %97, %98, %99, %100, %101, %102, %103"
-#define WGMMA_REGISTERS_224 WGMMA_REGISTERS_208 ", %104, %105, %106, %107, %108, %109, %110, %111"
-#define WGMMA_REGISTERS_240 WGMMA_REGISTERS_224 ", %112, %113, %114, %115, %116, %117, %118, %119"
-#define WGMMA_REGISTERS_256 WGMMA_REGISTERS_240 ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define WGMMA_OPERANDS_16 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7])
 #define WGMMA_OPERANDS_32 WGMMA_OPERANDS_16, "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
 #define WGMMA_OPERANDS_48 WGMMA_OPERANDS_32, "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23])
@@ -65,10 +61,6 @@ struct Wgmma;
 #define WGMMA_OPERANDS_168 WGMMA_OPERANDS_160, "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83])
 #define WGMMA_OPERANDS_176 WGMMA_OPERANDS_160, "+f"(d[80]), "+f"(d[81]), "+f"(d[82]), "+f"(d[83]), "+f"(d[84]), "+f"(d[85]), "+f"(d[86]), "+f"(d[87])
 #define WGMMA_OPERANDS_192 WGMMA_OPERANDS_176, "+f"(d[88]), "+f"(d[89]), "+f"(d[90]), "+f"(d[91]), "+f"(d[92]), "+f"(d[93]), "+f"(d[94]), "+f"(d[95])
-#define WGMMA_OPERANDS_208 WGMMA_OPERANDS_192, "+f"(d[96]), "+f"(d[97]), "+f"(d[98]), "+f"(d[99]), "+f"(d[100]), "+f"(d[101]), "+f"(d[102]), "+f"(d[103])
-#define WGMMA_OPERANDS_224 WGMMA_OPERANDS_208, "+f"(d[104]), "+f"(d[105]), "+f"(d[106]), "+f"(d[107]), "+f"(d[108]), "+f"(d[109]), "+f"(d[110]), "+f"(d[111])
-#define WGMMA_OPERANDS_240 WGMMA_OPERANDS_224, "+f"(d[112]), "+f"(d[113]), "+f"(d[114]), "+f"(d[115]), "+f"(d[116]), "+f"(d[117]), "+f"(d[118]), "+f"(d[119])
-#define WGMMA_OPERANDS_256 WGMMA_OPERANDS_240, "+f"(d[120]), "+f"(d[121]), "+f"(d[122]), "+f"(d[123]), "+f"(d[124]), "+f"(d[125]), "+f"(d[126]), "+f"(d[127])
 
 // A, B, P number the operands after the accumulators: the two descriptors and `accumulate`.
 #define WGMMA(N, IN, K, TYPES, SCALES, A, B, P)                                                                     \
@@ -89,15 +81,11 @@ struct Wgmma;
   WGMMA(N, float, 8, "tf32.tf32", "1, 1", A, B, P)
 
 WGMMA_ALL_TYPES(64, 32, 33, 34)
-WGMMA_ALL_TYPES(96, 48, 49, 50)
-WGMMA_ALL_TYPES(112, 56, 57, 58)
 WGMMA_ALL_TYPES(128, 64, 65, 66)
-WGMMA_ALL_TYPES(160, 80, 81, 82)
 WGMMA_ALL_TYPES(144, 72, 73, 74)
+WGMMA_ALL_TYPES(160, 80, 81, 82)
 WGMMA_ALL_TYPES(168, 84, 85, 86)
-WGMMA_ALL_TYPES(176, 88, 89, 90)
 WGMMA_ALL_TYPES(192, 96, 97, 98)
-WGMMA_ALL_TYPES(256, 128, 129, 130)
 // clang-format on
 
 #undef WGMMA_ALL_TYPES

@@ -5,6 +5,7 @@ Torch is imported only where a torch tensor is at hand.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,12 @@ HostArray = npt.NDArray[Any]
 
 def is_torch(value: Any) -> bool:
     """Whether `value` is a torch tensor, without importing torch."""
-    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in type(value).__mro__)
+    return _is_tensor_type(type(value))  # type: ignore[arg-type]  # types are hashable
+
+
+@functools.lru_cache(maxsize=256)
+def _is_tensor_type(kind: type) -> bool:
+    return any(base.__module__ == "torch" and base.__name__ == "Tensor" for base in kind.__mro__)
 
 
 def is_cuda(value: Any) -> bool:

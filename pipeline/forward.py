@@ -21,6 +21,8 @@ from pipeline.errors import DTypeError, OptionError, ShapeError
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.kernels.launch import PreparedLaunch
+
 # Rows are computed on the CPU at their place on this grid, with zero rows filling up both ends, so that a row's bits
 # don't depend on the rows beside it. BLAS libraries change them with the row count: MKL's float32 product in tiles
 # that aren't full (multiples of 4), its float64 product where it splits the sum (up to 64 rows and 32 columns) and
@@ -183,7 +185,7 @@ class HostWeights:
             out[first:stop] = torch.from_numpy(sigmoid_scale_add(z.numpy(), scaling_factor))
 
 
-def _rows_for_kernel(matrix: torch.Tensor) -> torch.Tensor:
+def rows_for_kernel(matrix: torch.Tensor) -> torch.Tensor:
     """`matrix`, or a copy where its rows aren't contiguous, or aligned for the copy engine as those of a copy would be.
 
     NOTE: which kernel runs depends on alignment, and two kernels may differ in the last bit. With the copy, bits depend
@@ -202,6 +204,29 @@ def _rows_for_kernel(matrix: torch.Tensor) -> torch.Tensor:
     return matrix
 
 
+def prepare_on_gpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling_factor: float,
+    precision: str,
+    out: torch.Tensor,
+) -> PreparedLaunch | None:
+    """The launch of out[:] = layer(x), or None for no outputs.
+
+    All tensors on one GPU, `x` and `weight` as `rows_for_kernel` leaves them, `out` with any row stride, `bias`
+    contiguous.
+    """
+    from pipeline.kernels.launch import Launcher
+    from pipeline.kernels.select import Problem
+
+    problem = Problem(parse_dtype(x.dtype), parse_dtype(out.dtype), precision, weight.shape[1], weight.shape[0])
+    matrices = (x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0))
+    target = (0 if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0))
+    launcher = Launcher.for_device(x.device.index)
+    return launcher.prepare_launch(problem, x.shape[0], *matrices, *target, scaling_factor)
+
+
 def launch_on_gpu(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -216,23 +241,8 @@ def launch_on_gpu(
     """
     import torch
 
-    from pipeline.kernels.launch import Launcher
-    from pipeline.kernels.select import Problem
-
-    x, weight = _rows_for_kernel(x), _rows_for_kernel(weight)
-    ordinal = x.device.index
-    problem = Problem(parse_dtype(x.dtype), parse_dtype(out.dtype), precision, weight.shape[1], weight.shape[0])
-    with torch.cuda.device(ordinal):  # the launcher makes this GPU current; the caller's comes back
-        Launcher.for_device(ordinal).launch(
-            torch.cuda.current_stream(ordinal).cuda_stream,
-            problem,
-            rows=x.shape[0],
-            x=x.data_ptr(),
-            x_stride=x.stride(0),
-            w=weight.data_ptr(),
-            w_stride=weight.stride(0),
-            bias=0 if bias is None else bias.data_ptr(),
-            y=out.data_ptr(),
-            y_stride=out.stride(0),
-            scaling_factor=scaling_factor,
-        )
+    with torch.cuda.device(x.device.index):  # the launcher makes this GPU current; the caller's comes back
+        x, weight = rows_for_kernel(x), rows_for_kernel(weight)
+        prepared = prepare_on_gpu(x, weight, bias, scaling_factor, precision, out)
+        if prepared is not None:
+            prepared.queue(torch.cuda.current_stream(x.device.index).cuda_stream)

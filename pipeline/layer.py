@@ -20,11 +20,17 @@ from pipeline.forward import (
     check_scaling_factor,
     check_weights,
     launch_on_gpu,
+    prepare_on_gpu,
     reference,
+    rows_for_kernel,
 )
 
 if TYPE_CHECKING:
     import torch
+
+    from pipeline.kernels.launch import PreparedLaunch
+
+_MAX_LAUNCHES = 1024  # prepared ones that a layer keeps
 
 
 class FusedLinear:
@@ -62,10 +68,11 @@ class FusedLinear:
         self._lock = threading.Lock()
         self._host_weights: HostWeights | None = None
         self._gpu_weights: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._launches: dict[tuple[Any, ...], PreparedLaunch | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """The weights and options, for pickle and copy; the caches of devices are made again."""
-        return {**self.__dict__, "_lock": None, "_host_weights": None, "_gpu_weights": {}}
+        return {**self.__dict__, "_lock": None, "_host_weights": None, "_gpu_weights": {}, "_launches": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
@@ -123,9 +130,9 @@ class FusedLinear:
         Raises:
             ShapeError, DTypeError, OptionError: `x` or `out` doesn't fit the layer, or they overlap.
         """
-        check_rows(tuple(np.shape(x)), self.in_features)
         if is_cuda(x):
             return self._call_gpu(x, out)
+        check_rows(tuple(np.shape(x)), self.in_features)
         array, dtype = host_view(x, "x")
         self.check_dtype(dtype)
         if out is None:
@@ -150,13 +157,28 @@ class FusedLinear:
     def _call_gpu(self, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
         import torch
 
+        # In a loop over the same buffers all checks and preparations are done once: what they depend on is in `key`.
+        key: tuple[Any, ...] = ()
+        if isinstance(out, torch.Tensor):
+            x_layout = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.get_device())
+            out_layout = (out.data_ptr(), out.shape, out.stride(), out.dtype, out.get_device())
+            key = (x_layout, out_layout, self.scaling_factor, self.precision)
+            launch = self._launches.get(key)
+            if launch is not None:
+                launch.queue(torch.cuda.current_stream(x_layout[-1]).cuda_stream)
+                return out
+        check_rows(tuple(x.shape), self.in_features)
         self.check_dtype(parse_dtype(x.dtype, "x dtype"))
         if out is None:
             out = torch.empty((x.shape[0], self.out_features), dtype=x.dtype, device=x.device)
         else:
             check_gpu_out(x, out, self.out_features)
-        weight, bias = self.gpu_weights(x.device.index)
-        launch_on_gpu(x.detach(), weight, bias, self.scaling_factor, self.precision, out)
+        arguments = (*self.gpu_weights(x.device.index), self.scaling_factor, self.precision, out)
+        launch_on_gpu(x.detach(), *arguments)
+        if key and rows_for_kernel(x) is x:
+            if len(self._launches) >= _MAX_LAUNCHES:
+                self._launches.clear()
+            self._launches[key] = prepare_on_gpu(x, *arguments)
         return out
 
     def check_dtype(self, dtype: DType, what: str = "x") -> None:

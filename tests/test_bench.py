@@ -32,7 +32,7 @@ def test_bench_file_checks_every_row_and_reports_memory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [report]
 
 
-@pytest.mark.parametrize("name", ["kernel", "stream"])
+@pytest.mark.parametrize("name", ["kernel", "launch", "stream"])
 def test_bench_without_a_gpu_says_so(name: str) -> None:
     done = bench(name)
     assert done.returncode == 1 and "needs a GPU" in done.stderr

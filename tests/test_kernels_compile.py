@@ -60,12 +60,16 @@ def test_variants_compile_without_spills(arch: str, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_variants_with_another_output_type_compile_without_spills(precision: str) -> None:
-    """The widest tile, which is the shortest of registers; the others differ in the stores alone."""
+    """The tiles shortest of registers, for each way to store; the others differ in nothing else."""
     mixed = [v for v in all_variants("sm_90a", every_output=True) if f"<{precision} to " in v.description]
-    largest = max(v.block_m * v.block_n for v in mixed)
-    chosen = [v for v in mixed if v.block_m * v.block_n == largest and "byte loads" not in v.description]
-    # ieee: two output types, two ways to sum; others: two output types, three ways to cluster and to store
-    assert len(chosen) == (4 if precision == "ieee" else 6)
+    ways: dict[tuple[str, bool], list[Variant]] = {}
+    for variant in (v for v in mixed if "byte loads" not in v.description):
+        ways.setdefault((variant.kernel, "direct stores" in variant.description), []).append(variant)
+    # Two output types, and two ways: to sum ("ieee"), or to store.
+    chosen = [max(group, key=lambda v: v.block_m * v.block_n) for group in ways.values()]
+    chosen = [v for group, top in zip(ways.values(), chosen, strict=True) for v in group if v.block_n == top.block_n]
+    chosen = [v for v in chosen if v.block_m == 128]
+    assert len(chosen) == 4
     for variant in chosen:
         check_code(variant, "sm_90a")
 
@@ -111,17 +115,16 @@ def test_machine_code_keeps_the_pipeline(arch: str, name: str, operation: str, l
 def test_machine_code_of_hopper_variants(precision: str, tmp_path: Path) -> None:
     """wgmma fed and drained by the copy engine, registers moved to the consumers, nothing in local memory."""
     variants = [v for v in all_variants("sm_90a") if f"fused_linear_sm90<{precision}," in v.description]
-    assert len(variants) >= 10
+    assert len(variants) >= 9
     for variant in variants:
         compiled = compile_variant(variant, "sm_90a")
         found, where = instructions(compiled, tmp_path), variant.description
         assert found["HGMMA"] >= 4 and found["UTMALDG"] == 2, where
         assert (found["UTMASTG"] > 0) == ("direct stores" not in where), where
         assert found["LDL"] == found["STL"] == found["HMMA"] == 0, where
-        # One device-wide fence at the start and the end of a cluster; in the loop it would cost a third of the speed.
-        fences = instructions(compiled, tmp_path, suffixes=True)["MEMBAR.ALL.GPU"]
-        assert fences == (2 if variant.cluster_m * variant.cluster_n > 1 else 0), where
-        assert found["USETMAXREG"] == (2 if variant.threads == 384 else 0), where
+        # A device-wide fence in the loop would cost a third of the speed (measured).
+        assert instructions(compiled, tmp_path, suffixes=True)["MEMBAR.ALL.GPU"] == 0, where
+        assert found["USETMAXREG"] == 2, where
         assert variant.threads * compiled.report.registers * variant.min_blocks <= 65_536, where
 
 

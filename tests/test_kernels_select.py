@@ -45,11 +45,9 @@ def test_runs_as_refuses_a_precision_the_data_lacks(problem: Problem) -> None:
         runs_as(problem)
 
 
-def test_select_gives_the_reference_layer_the_large_tile() -> None:
-    assert (
-        select("sm_90a", BF16, 1024, 16).description == "fused_linear_sm90<bfloat16, 128x256x64, cluster 2x1, 4 stages>"
-    )
-    assert select("sm_90a", TF32, 1024, 16).description.startswith("fused_linear_sm90<tf32, 128x256x32,")
+def test_select_gives_the_reference_layer_a_large_tile() -> None:
+    assert select("sm_90a", BF16, 4096, 16).description == "fused_linear_sm90<bfloat16, 128x168x64, 5 stages>"
+    assert select("sm_90a", TF32, 4096, 16).description.startswith("fused_linear_sm90<tf32, 128x168x32,")
     assert select("sm_100a", BF16, 1024, 16).description == "fused_linear_sm80<bfloat16, 128x256x64, 4 stages>"
     assert select("sm_80", TF32, 1024, 16).description == "fused_linear_sm80<tf32, 128x256x32, 3 stages>"
     assert select("sm_86", BF16, 1024, 16).description == "fused_linear_sm80<bfloat16, 128x128x64, 3 stages>"
@@ -63,9 +61,9 @@ def test_select_gives_few_rows_a_small_tile() -> None:
 
 
 def test_select_gives_ragged_waves_a_tile_that_fits_them() -> None:
-    """1152 rows: 9 x 43 tiles of 128 x 192 make 2.9 waves, 9 x 32 of 128 x 256 make 2.2, so three of larger ones."""
+    """1152 rows: 9 x 43 tiles of 128 x 192 make 2.9 waves of 132, 9 x 49 of 128 x 168 make 3.3, so four of them."""
     assert select("sm_90a", BF16, 1152, 16).block_n == 192
-    assert select("sm_90a", replace(BF16, in_features=5120, out_features=5120), 1024, 16).block_n == 160
+    assert select("sm_90a", replace(BF16, in_features=4096, out_features=4096), 1024, 16).block_n == 128
 
 
 @pytest.mark.parametrize("problem", [BF16, TF32, replace(BF16, in_dtype=FLOAT16, precision="float16")])
@@ -144,17 +142,15 @@ def test_variant_blocks_cover_ragged_outputs() -> None:
     assert variant.blocks(1, 1, 108) == 1
 
 
-def test_persistent_variants_launch_whole_clusters_and_no_more_than_they_need() -> None:
+def test_persistent_variants_launch_no_more_blocks_than_they_need() -> None:
     for problem in (BF16, TF32):
         for variant in candidates("sm_90a", problem, 16):
-            cluster = variant.cluster_m * variant.cluster_n
             for rows in (1, 100, 1024, 1025, 3000, 8192):
                 blocks, tiles = variant.blocks(rows, 8192, 132), variant.tiles(rows, 8192)
-                assert blocks % cluster == tiles % cluster == 0
-                assert 0 < blocks <= min(tiles, 132 * variant.min_blocks)
-                assert tiles >= ceil(rows / variant.block_m) * ceil(8192 / variant.block_n)
-    large = select("sm_90a", BF16, 1024, 16)
-    assert large.blocks(1024, 8192, 132) == 128, "two waves need no more than 128 of 132 multiprocessors"
+                assert 0 < blocks <= min(tiles, 132)
+                assert ceil(tiles / blocks) == ceil(tiles / 132), "as many waves as with every multiprocessor"
+    variant = next(v for v in candidates("sm_90a", BF16, 16) if v.block_n == 128 and v.block_m == 128)
+    assert variant.blocks(1024, 8192, 132) == 128, "four waves need no more than 128 of 132 multiprocessors"
 
 
 def test_kernels_import_without_cuda_or_torch() -> None:

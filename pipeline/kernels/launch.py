@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from pipeline.errors import DeviceNotFoundError, ShapeError
 from pipeline.kernels.compile import compile_variant
-from pipeline.kernels.driver import call, check_not_forked, driver
+from pipeline.kernels.driver import call, call_error, check_not_forked, driver
 from pipeline.kernels.select import Problem, Variant, alignment, architecture, runs_as, select
 from pipeline.kernels.tensor_map import TensorMap, tensor_map
 
@@ -74,12 +74,45 @@ class LoadedKernel:
     registers: int
 
 
-class _PreparedLaunch:
-    """A launch but for its stream. Read-only, so threads share it: the driver copies the argument."""
+class PreparedLaunch:
+    """A launch but for its stream, for repeated use. Read-only, so threads share it: the driver copies the argument.
 
-    def __init__(self, kernel: LoadedKernel, blocks: int, args: ctypes.Structure) -> None:
-        self.kernel, self.blocks, self.args = kernel, blocks, args
-        self.parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+    It holds addresses, not memory: whoever keeps it sees to it that they are still right.
+    """
+
+    def __init__(self, kernel: LoadedKernel, context: Any, blocks: int, args: ctypes.Structure) -> None:
+        variant = kernel.variant
+        self.args = args
+        self._context = context
+        self._parameters = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+        self._call = driver().cuLaunchKernel
+        sizes = (blocks, 1, 1, variant.threads, 1, 1, variant.shared_bytes)
+        self._before_stream = (kernel.function, *sizes)
+        self._after_stream = (ctypes.addressof(self._parameters), 0)
+
+    def queue(self, stream: int) -> None:
+        """Queue the kernel on `stream` (a raw CUstream) and return without waiting for it.
+
+        Raises:
+            DriverError: the launch failed.
+        """
+        with in_context(self._context):
+            (code,) = self._call(*self._before_stream, stream, *self._after_stream)
+        if code != 0:
+            raise call_error("cuLaunchKernel", code)
+
+
+@contextmanager
+def in_context(context: Any) -> Iterator[None]:
+    """`context` current in the calling thread; whatever was current comes back at the end."""
+    if int(call("cuCtxGetCurrent")) == int(context):
+        yield
+        return
+    call("cuCtxPushCurrent", context)
+    try:
+        yield
+    finally:
+        call("cuCtxPopCurrent")
 
 
 class Launcher:
@@ -125,7 +158,7 @@ class Launcher:
         self._kernels: dict[Variant, LoadedKernel] = {}
         self._lock = threading.Lock()
         self._plan = functools.lru_cache(maxsize=1024)(self._make_plan)
-        self._prepared = functools.lru_cache(maxsize=4096)(self._prepare_launch)
+        self.prepare_launch = functools.lru_cache(maxsize=4096)(self._prepare_launch)
 
     def prepare(self, problem: Problem, rows: int, x_stride: int | None = None, w_stride: int | None = None) -> str:
         """Compiles and loads now what `launch` would need for 16-byte aligned addresses; blocks about a second.
@@ -169,10 +202,10 @@ class Launcher:
             ShapeError: a size or stride beyond the kernels' index range.
             DriverError: the launch failed.
         """
-        if rows == 0 or problem.out_features == 0:
-            return
         layout = (x, x_stride, w, w_stride, bias, y, y_stride)
-        self._launch(self._prepared(problem, rows, *layout, scaling_factor, variant), stream)
+        prepared = self.prepare_launch(problem, rows, *layout, scaling_factor, variant)
+        if prepared is not None:
+            prepared.queue(stream)
 
     def load(self, variant: Variant) -> LoadedKernel:
         """`variant` on this device, compiled and loaded at the first call.
@@ -184,7 +217,7 @@ class Launcher:
         with self._lock:
             if variant not in self._kernels:
                 compiled = compile_variant(variant, self.arch)
-                with self._current_context():
+                with in_context(self._context):
                     module = call("cuModuleLoadData", compiled.cubin)
                     function = call("cuModuleGetFunction", module, variant.kernel.encode())
                     attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -217,9 +250,11 @@ class Launcher:
         y: int,
         y_stride: int,
         scaling_factor: float,
-        variant: Variant | None,
-    ) -> _PreparedLaunch:
-        """All that a launch needs but its stream; `launch` remembers some thousands."""
+        variant: Variant | None = None,
+    ) -> PreparedLaunch | None:
+        """What `launch` queues with the same arguments, or None for no outputs; remembers the last few thousand."""
+        if rows == 0 or problem.out_features == 0:
+            return None
         itemsize, out_itemsize = problem.in_dtype.itemsize, problem.out_dtype.itemsize
         x_stride_bytes, w_stride_bytes = x_stride * itemsize, w_stride * itemsize
         # The stride of a single row counts too, so that a row gets the same kernel alone and among others. Rows that
@@ -234,7 +269,8 @@ class Launcher:
             _check_range("row stride of x, bytes,", x_stride_bytes, _MAX_STRIDE_BYTES)
             _check_range("row stride of w, bytes,", w_stride_bytes, _MAX_STRIDE_BYTES)
             strides = (y_stride, x_stride_bytes, w_stride_bytes)
-            return _PreparedLaunch(kernel, blocks, FusedLinearArgs(x, w, bias, y, *strides, *sizes, scaling_factor))
+            args = FusedLinearArgs(x, w, bias, y, *strides, *sizes, scaling_factor)
+            return PreparedLaunch(kernel, self._context, blocks, args)
 
         tile, tf32 = kernel.variant, runs_as(problem) == "tf32"
         x_box_rows = min(tile.block_m, rows)  # rows that x doesn't have need not arrive: their outputs aren't stored
@@ -245,34 +281,8 @@ class Launcher:
         if store_bytes == 16:
             y_map = tensor_map(y, problem.out_dtype, rows, problem.out_features, y_stride * out_itemsize, _Y_BOX_ROWS)
         maps = (x_map, w_map, y_map)
-        args = FusedLinearSm90Args(*maps, bias, y, y_stride, *sizes, tile.band_rows, x_box_rows, scaling_factor)
-        return _PreparedLaunch(kernel, blocks, args)
-
-    def _launch(self, prepared: _PreparedLaunch, stream: int) -> None:
-        variant = prepared.kernel.variant
-        with self._current_context():
-            call(
-                "cuLaunchKernel",
-                prepared.kernel.function,
-                *(prepared.blocks, 1, 1),
-                *(variant.threads, 1, 1),
-                variant.shared_bytes,
-                stream,
-                ctypes.addressof(prepared.parameters),
-                0,
-            )
-
-    @contextmanager
-    def _current_context(self) -> Iterator[None]:
-        """The device's context, current in the calling thread; whatever was current comes back at the end."""
-        if int(call("cuCtxGetCurrent")) == int(self._context):
-            yield
-            return
-        call("cuCtxPushCurrent", self._context)
-        try:
-            yield
-        finally:
-            call("cuCtxPopCurrent")
+        sm90_args = FusedLinearSm90Args(*maps, bias, y, y_stride, *sizes, tile.band_rows, x_box_rows, scaling_factor)
+        return PreparedLaunch(kernel, self._context, blocks, sm90_args)
 
 
 def _check_range(what: str, value: int, largest: int) -> None:

@@ -79,26 +79,23 @@ class _HopperTile:
     block_m: int
     block_n: int
     stages: int
-    min_blocks: int
     rate: float
-    ping_pong: bool = False  # two consumers in turns, not side by side
     any_store: bool = False  # also instantiated for outputs that TMA can't write
 
 
-# Rates: H200, N = K = 8192 (interleaved bursts against cuBLAS).
+# Rates: H200, in bursts against cuBLAS (`scripts/bench kernel --every-tile`). Widths differ little in rate but much in
+# how evenly their tiles divide among 132 multiprocessors: 8192 columns are 48.8 tiles of 168.
 _HOPPER_TILES = (
-    _HopperTile(128, 192, 5, 1, 1.0, ping_pong=True, any_store=True),
-    _HopperTile(128, 176, 5, 1, 1.0, ping_pong=True),
-    _HopperTile(128, 168, 5, 1, 1.0, ping_pong=True),
-    _HopperTile(128, 160, 5, 1, 1.0, ping_pong=True),
-    _HopperTile(128, 144, 6, 1, 1.0, ping_pong=True),
-    _HopperTile(128, 128, 6, 1, 1.0, ping_pong=True),
-    _HopperTile(128, 256, 4, 1, 1.0),
-    _HopperTile(64, 128, 8, 1, 0.55),
-    _HopperTile(64, 64, 6, 2, 0.4, any_store=True),
+    _HopperTile(128, 192, 5, 0.985),
+    _HopperTile(128, 168, 5, 1.0),
+    _HopperTile(128, 160, 5, 0.98),
+    _HopperTile(128, 144, 6, 0.98),
+    _HopperTile(128, 128, 6, 0.975, any_store=True),
+    _HopperTile(64, 128, 8, 0.85),
+    _HopperTile(64, 64, 12, 0.4, any_store=True),
 )
 _BAND_ROWS = 2048  # rows of x that pass through L2 together: as many as columns of y in a wave of 132 tiles
-_CYCLES_BETWEEN_TILES = 21.0  # for each column of a tile; measured, H200
+_STORE_CYCLES = 0.16  # for each output of a tile, from the end of its products; measured, H200
 
 
 @dataclass(frozen=True)
@@ -116,7 +113,6 @@ class Variant:
     rate: float
     # Of fused_linear_sm90, whose blocks walk over tiles:
     persistent: bool = False
-    ping_pong: bool = False
     band_rows: int = 1  # rows of tiles in a band (FusedLinearSm90::Walk)
 
     @property
@@ -155,12 +151,9 @@ class Variant:
         if not self.persistent:
             return self.waves(rows, out_features, multiprocessors) * self.block_m * self.block_n / self.rate
         product = ceil(in_bytes / _ROW_BYTES) * self.block_m * self.block_n / 32 / self.rate
-        store = _CYCLES_BETWEEN_TILES * self.block_n
-        if self.ping_pong:  # one warpgroup stores while the other multiplies, but for the last tile
-            return self.waves(rows, out_features, multiprocessors) * max(product, store / 2) + store
-        if self.min_blocks > 1:  # small tiles wait for memory: blocks that share a multiprocessor share its time
-            return max(1.0, self.tiles(rows, out_features) / multiprocessors) * (product + store)
-        return self.waves(rows, out_features, multiprocessors) * (product + store)
+        store = _STORE_CYCLES * self.block_m * self.block_n
+        # One warpgroup stores while the other multiplies, but for the last tile.
+        return self.waves(rows, out_features, multiprocessors) * max(product, store) + store / 2
 
 
 def architecture(major: int, minor: int, name: str = "this GPU") -> str:
@@ -244,38 +237,32 @@ def _variant(problem: Problem, tile: _Tile, load_bytes: int) -> Variant:
     )
 
 
-def _cxx(value: bool) -> str:
-    return "true" if value else "false"
-
-
 def _hopper_variant(problem: Problem, tile: _HopperTile, tma_store: bool) -> Variant:
     """The host twin of FusedLinearSm90: its template arguments and constants."""
     precision = runs_as(problem)
     numbers = f"{tile.block_m}, {tile.block_n}, {tile.stages}"
     block_k = _ROW_BYTES // problem.in_dtype.itemsize
-    consumers = 2 if tile.block_m >= 128 else 1
-    store_bytes = consumers * 4 * (1 if tile.ping_pong else 2) * 16 * _ROW_BYTES if tma_store else 0
+    ring_bytes = tile.stages * ((tile.block_m + tile.block_n) * _ROW_BYTES + 16) + 16
+    buffer_bytes = 8 * 16 * _ROW_BYTES
+    store_bytes = buffer_bytes * (2 if ring_bytes + 2 * buffer_bytes <= _SHARED_BYTES["sm_90a"] else 1)
     to = "" if problem.out_dtype is problem.in_dtype else f" to {problem.out_dtype}"
-    turns = ", ping-pong" if tile.ping_pong else ""
     stores = "" if tma_store else ", direct stores"
     return Variant(
         kernel="fused_linear_sm90",
         template=(
             f"FusedLinearSm90<{_CXX_TYPES[problem.in_dtype]}, {_CXX_TYPES[problem.out_dtype]}, "
-            f"epilogue::FastSigmoidScaleResidual, {numbers}, {_cxx(tile.ping_pong)}, {_cxx(tma_store)}>"
+            f"epilogue::FastSigmoidScaleResidual, {numbers}, {'true' if tma_store else 'false'}>"
         ),
         description=(
-            f"fused_linear_sm90<{precision}{to}, {tile.block_m}x{tile.block_n}x{block_k}, {tile.stages} stages"
-            f"{turns}{stores}>"
+            f"fused_linear_sm90<{precision}{to}, {tile.block_m}x{tile.block_n}x{block_k}, {tile.stages} stages{stores}>"
         ),
         block_m=tile.block_m,
         block_n=tile.block_n,
-        threads=consumers * 128 + (128 if consumers == 2 else 32),
-        min_blocks=tile.min_blocks,
-        shared_bytes=tile.stages * ((tile.block_m + tile.block_n) * _ROW_BYTES + 16) + store_bytes + 16,
+        threads=3 * 128,
+        min_blocks=1,
+        shared_bytes=ring_bytes + (store_bytes if tma_store else 0),
         rate=tile.rate,
         persistent=True,
-        ping_pong=tile.ping_pong,
         band_rows=_BAND_ROWS // tile.block_m,
     )
 
