@@ -23,7 +23,7 @@ from pipeline import (
     fused_gemm_sigmoid_scale_add,
     torch_op,
 )
-from pipeline.forward import reference
+from pipeline.forward import reference, rows_for_kernel
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -241,17 +241,28 @@ def test_torch_op_fake_cuda_tensors() -> None:
             fused_gemm_sigmoid_scale_add(A, torch.empty(5, 8), C, 2.0)
 
 
-def test_torch_op_gives_the_kernel_contiguous_weights_and_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_op_gives_the_launch_its_operands_and_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the CUDA implementation asks of launch_on_gpu, with host tensors and the launch recorded."""
     launches = []
     monkeypatch.setattr(torch_op, "launch_on_gpu", lambda *args: launches.append(args))
     A, B, C = tensors(12, 16, 10, torch.float32)
     out = torch_op._cuda(A[::2, :8], B[::2, ::2], C[::2], 3.0, "tf32")
     ((x, weight, bias, scaling_factor, precision, target),) = launches
-    assert x.stride() == (32, 1) and weight.is_contiguous() and bias.is_contiguous()
+    assert x.stride() == (32, 1) and bias.is_contiguous()
     assert torch.equal(weight, B[::2, ::2]) and torch.equal(bias, C[::2])
     assert (scaling_factor, precision) == (3.0, "tf32")
     assert target is out and out.shape == (6, 5) and out.is_contiguous()
+
+
+def test_rows_for_kernel_copies_what_the_copy_engine_cannot_read() -> None:
+    """Rows that aren't contiguous, repeat, or are misaligned where a copy would be aligned; nothing else."""
+    A = torch.randn(12, 24)
+    as_they_are = {"contiguous": A, "every other row": A[::2], "part of rows": A[:, 4:12], "odd width": A[:, 1:8]}
+    for name, rows in as_they_are.items():
+        assert rows_for_kernel(rows) is rows, name
+    for rows in (A.t(), A[:, ::2], A[:1].expand(5, 24), A[:, 1:9], A[:, 1:21]):
+        copy = rows_for_kernel(rows)
+        assert copy is not rows and copy.is_contiguous() and torch.equal(copy, rows)
 
 
 # torch.compile
