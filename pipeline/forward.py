@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # where rows don't start at a cache line.
 CPU_ROW_GRID = 64
 _CPU_MIN_FEATURES = 64  # narrower weights get zero output features, for the same reason
+_ALIGNMENT_BYTES = 16  # of addresses and row strides in device memory
 _CPU_BLOCK_ROWS = 512  # rows of one matrix product on the CPU: bounds the memory of the float32 intermediate
 
 
@@ -186,22 +187,22 @@ class HostWeights:
 
 
 def rows_for_kernel(matrix: torch.Tensor) -> torch.Tensor:
-    """`matrix`, or a copy where its rows aren't contiguous, or aligned for the copy engine as those of a copy would be.
+    """`matrix`, or a copy where its rows aren't contiguous and aligned as the fastest kernel of each GPU wants them.
 
     NOTE: which kernel runs depends on alignment, and two kernels may differ in the last bit. With the copy, bits depend
     on values alone, and the faster kernel makes up for it.
     """
-    import torch
-
     row_stride, stride = matrix.stride()
     rows, columns = matrix.shape
+    itemsize = matrix.element_size()
     scattered = stride != 1 and columns > 1
     repeated = row_stride == 0 and rows > 1
-    itemsize = matrix.element_size()
-    misaligned = (matrix.data_ptr() | row_stride * itemsize) % 16 != 0 and columns * itemsize % 16 == 0
-    if scattered or repeated or misaligned:
-        return matrix.clone(memory_format=torch.contiguous_format)
-    return matrix
+    if not (scattered or repeated or (matrix.data_ptr() | row_stride * itemsize) % _ALIGNMENT_BYTES):
+        return matrix
+    width = -(-columns * itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES // itemsize
+    copy = matrix.new_empty((rows, width))[:, :columns]
+    copy.copy_(matrix)
+    return copy
 
 
 def prepare_on_gpu(

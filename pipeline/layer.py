@@ -202,11 +202,12 @@ class FusedLinear:
             return self._host_weights
 
     def gpu_weights(self, ordinal: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weights as tensors on GPU `ordinal`, copied there once."""
+        """The weights as tensors on GPU `ordinal`, copied there once; rows as `rows_for_kernel` leaves them."""
         with self._lock:
             if ordinal not in self._gpu_weights:
                 bias = None if self.bias is None else host_tensor(self.bias, self.dtype).cuda(ordinal)
-                self._gpu_weights[ordinal] = (host_tensor(self.weight, self.dtype).cuda(ordinal), bias)
+                weight = rows_for_kernel(host_tensor(self.weight, self.dtype).cuda(ordinal))
+                self._gpu_weights[ordinal] = (weight, bias)
             return self._gpu_weights[ordinal]
 
 
