@@ -174,11 +174,12 @@ class FusedLinear:
         else:
             check_gpu_out(x, out, self.out_features)
         arguments = (*self.gpu_weights(x.device.index), self.scaling_factor, self.precision, out)
-        launch_on_gpu(x.detach(), *arguments)
-        if key and rows_for_kernel(x) is x:
+        rows = rows_for_kernel(x.detach())
+        launch_on_gpu(rows, *arguments)
+        if key and rows.data_ptr() == x.data_ptr():
             if len(self._launches) >= _MAX_LAUNCHES:
                 self._launches.clear()
-            self._launches[key] = prepare_on_gpu(x, *arguments)
+            self._launches[key] = prepare_on_gpu(rows, *arguments)
         return out
 
     def check_dtype(self, dtype: DType, what: str = "x") -> None:
