@@ -108,7 +108,7 @@ def spans_of(operations: Sequence[Interval], stages: Sequence[str]) -> Spans:
 def steady_window(operations: Sequence[Interval]) -> tuple[float, float]:
     """From the first start of the last stage to the last end of the first stage: the lanes are full, rows still come.
 
-    For runs too short to have such a time, from the first start to the last end.
+    For runs in which that is less than a quarter of the time, from the first start to the last end.
 
     Raises:
         ValueError: no operations.
@@ -116,9 +116,8 @@ def steady_window(operations: Sequence[Interval]) -> tuple[float, float]:
     present = [stage for stage in STAGES if any(i.stage == stage for i in operations)]
     start = min(i.start_s for i in operations if i.stage == present[-1])
     end = max(i.end_s for i in operations if i.stage == present[0])
-    if start < end:
-        return start, end
-    return min(i.start_s for i in operations), max(i.end_s for i in operations)
+    whole = min(i.start_s for i in operations), max(i.end_s for i in operations)
+    return (start, end) if end - start > 0.25 * (whole[1] - whole[0]) else whole
 
 
 def device_use(operations: Sequence[Interval], window: tuple[float, float] | None = None) -> DeviceUse:
