@@ -241,9 +241,11 @@ def _progress_bar(layer: FusedLinear, out_itemsize: int, wanted: bool) -> Iterat
 
         def show(done: Progress) -> None:
             rate = done.rows_per_s
-            text = f"{rate:,.0f} rows/s, {rate * gb_in:.1f} GB/s in, {rate * gb_out:.1f} out"
-            if done.ceiling_rows_per_s is not None:
-                text = f"{text}, {rate / done.ceiling_rows_per_s:.0%} of ceiling"
+            text = f"{rate:,.0f} rows/s, {rate * gb_in:.1f} GB/s in, "
+            if done.ceiling_rows_per_s is None:
+                text += f"{rate * gb_out:.1f} out"
+            else:
+                text += f"{rate / done.ceiling_rows_per_s:.0%} of ceiling"
             bar.update(task, completed=done.rows_done, total=done.rows_total, description=text)
 
         yield show

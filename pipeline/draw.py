@@ -128,7 +128,9 @@ def draw_png(path: Path, timeline: Timeline, stats: dict[str, Any] | None) -> No
             )
             if right - left > 0.025 * span and high - low > 0.5:
                 middle = ((left + right) / 2 - start_s) * 1e3
-                axes.text(middle, (low + high) / 2, str(interval.chunk), ha="center", va="center", fontsize=8)
+                dark = lane.stage == "D2H" and interval.chunk % 2
+                style = {"ha": "center", "va": "center", "fontsize": 8, "color": "white" if dark else "black"}
+                axes.text(middle, (low + high) / 2, str(interval.chunk), **style)
         use = uses[lane.device].lanes[lane.stage]
         bars.barh((lane.low + lane.high) / 2, 1, lane.high - lane.low, color="#EEEEEE")
         bars.barh((lane.low + lane.high) / 2, use.busy_share, lane.high - lane.low, color=COLORS[lane.stage])
