@@ -50,7 +50,8 @@ def measured_cases(document: dict[str, Any], machine: Machine) -> list[Case]:
         job = Job(stats["rows"], features, features, FLOAT32, stats["runs_as"], "file", "file")
         return [Case("file", job, machine, stats["rows_per_s"])]
     cases = []
-    for memory, result in results.items():
+    for memory in sorted({"pinned", "pageable"} & results.keys()):
+        result = results[memory]
         stats = result["median_run"]
         where = "pinned" if memory == "pinned" else "array"
         job = Job(
