@@ -93,7 +93,7 @@ def record(
 
 
 def _importer(nsys: Path) -> Path | None:
-    found = sorted(nsys.resolve().parent.glob("../*/QdstrmImporter"))
+    found = sorted(nsys.resolve().parent.parent.glob("*/QdstrmImporter"))
     return found[0] if found else None
 
 
