@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -13,32 +15,35 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray
-from pipeline.config import FLOAT64, GIB, MIB, DType, copy_workers, parse_dtype
+from pipeline.config import DEFAULT_STREAMS, FLOAT64, GIB, DType, auto_chunk_rows, copy_workers, parse_dtype
 from pipeline.devices.base import Device, Workers, find_devices, open_device
 from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError
 from pipeline.executor import Executor
-from pipeline.instrument import Recorder
+from pipeline.instrument import KEPT, KEPT_FOR_TRACE, RUN, Ceilings, Ranges, Recorder
 from pipeline.io.batches import BatchSink, BatchSource
 from pipeline.io.rows import Chunk, Sink, Source
 from pipeline.io.sinks import open_sink, wrapper
 from pipeline.io.sources import CudaSource, open_source
 from pipeline.io.staging import ThreadWorkers
 from pipeline.layer import FusedLinear
-from pipeline.report import Stats, bound, hidden_share, stage_stats
+from pipeline.report import Stats, advice, bound, ceiling_rows_per_s, mean_share, stage_stats
+from pipeline.timeline import Timeline, device_use, from_recorders
+from pipeline.trace import check_trace, write_trace
 
-_CHUNK_BYTES = 32 * MIB  # of the wider of a chunk's two sides
-# NOTE: with 4, chunks fall into step, all loading and then all unloading, and lose overlap: 0.73 to 0.97 of the duplex
-# PCIe ceiling from run to run, against 0.96 with 6 (H200, pinned to pinned, 4096 -> 4096, tf32). 8 add nothing.
-_DEFAULT_STREAMS = 6
+_run_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; `rows_total` is None where only the end of the source will tell."""
+    """How far a run has come; `rows_total` is None where only the end of the source will tell.
+
+    `ceiling_rows_per_s` is what the devices' buses and kernels allow, None where that wasn't measured.
+    """
 
     rows_done: int
     rows_total: int | None
     elapsed_s: float
+    ceiling_rows_per_s: float | None = None
 
     @property
     def rows_per_s(self) -> float:
@@ -103,11 +108,12 @@ class Pipeline:
         self.chunk_rows = _whole_number(chunk_rows, "chunk_rows") or _auto_chunk_rows(
             layer, self.out_dtype or layer.dtype
         )
-        self.num_streams = _whole_number(num_streams, "num_streams") or _DEFAULT_STREAMS
+        self.num_streams = _whole_number(num_streams, "num_streams") or DEFAULT_STREAMS
         self.device_names = find_devices(devices)
         for dtype in (layer.dtype, self.out_dtype):
             if dtype is FLOAT64 and any(name.startswith("cuda") for name in self.device_names):
                 raise DTypeError("float64 is computed on the CPU only; pass devices='cpu', or convert to float32")
+        self.ceilings: dict[str, Ceilings] = {}  # of the devices that have measured ones; reports compare with them
         self._lanes: list[_Lane] = []
         self._gather: list[HostArray] = []  # pinned chunk buffers for iterables, kept between runs
         self._busy = threading.Lock()
@@ -126,6 +132,9 @@ class Pipeline:
             device.prepare(layer, dtype, self.chunk_rows)
             _check_memory(device, layer, dtype, self.chunk_rows, self.num_streams)
             device.allocate(self.chunk_rows, self.num_streams)
+            measured = device.ceilings()
+            if measured is not None:
+                self.ceilings[device.name] = measured
             workers = device.workers() or ThreadWorkers(copy_workers())
             return _Lane(device, Executor(device, workers, layer, dtype, self.num_streams), workers)
         except BaseException:
@@ -164,6 +173,7 @@ class Pipeline:
         *,
         overwrite: bool = False,
         progress: Callable[[Progress], None] | None = None,
+        trace: str | os.PathLike[str] | None = None,
     ) -> Result:
         """Stream one dataset through the layer. Blocks until the result is complete.
 
@@ -176,28 +186,36 @@ class Pipeline:
                 it is complete.
             overwrite: replace an existing output file.
             progress: called with a `Progress` after each chunk, from the thread that runs its device.
+            trace: a file for the run's timeline, replaced if it exists: .json for Perfetto and Chrome's trace viewer,
+                .png for a picture, .html for a page with a timeline to zoom into (the last two need the extra "plot").
 
         Returns:
             A `Result` with `out` and `stats`.
 
         Raises:
-            InputError, OutputError: source or out can't be used; nothing has been written.
+            InputError, OutputError: source, out or trace can't be used; nothing has been written.
             DeviceError: a device failed.
             Exception: what the source or the sink raised, with a note that names the chunk and the stage.
         """
         with self._exclusive():
+            if trace is not None:
+                check_trace(trace)
             opened = open_source(source, self.layer)
             try:
                 sink = open_sink(out, opened, self.layer, self.out_dtype, overwrite)
                 try:
-                    rows, seconds, recorders = self._run(opened, sink, progress, threading.Event())
+                    keep = KEPT if trace is None else KEPT_FOR_TRACE
+                    rows, seconds, timeline, recorders = self._run(opened, sink, progress, threading.Event(), keep)
                     value = sink.finish(rows)
                 except BaseException:
                     sink.abort()
                     raise
             finally:
                 opened.close()
-            return Result(value, self._stats(opened, rows, seconds, recorders))
+            stats = self._stats(opened, rows, seconds, timeline, recorders)
+            if trace is not None:
+                write_trace(trace, timeline, stats.as_dict())
+            return Result(value, stats)
 
     def stream(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
         """The layer's results of an iterable of batches, batch by batch and in order.
@@ -269,18 +287,21 @@ class Pipeline:
         sink: Sink,
         progress: Callable[[Progress], None] | None,
         stopping: threading.Event,
-    ) -> tuple[int, float, list[Recorder]]:
-        """Run all devices to the end of the source: rows done, seconds, event records."""
+        keep: int = KEPT,
+    ) -> tuple[int, float, Timeline, list[Recorder]]:
+        """Run all devices to the end of the source: rows done, seconds, what was recorded."""
         lanes = self._lanes_for(source)
-        recorders = [Recorder(lane.device.name) for lane in lanes]
-        done = _Count(source.rows, progress)
+        recorders = [Recorder(lane.device.name, keep) for lane in lanes]
+        done = _Count(source.rows, progress, self._ceiling_rows_per_s(lanes))
+        ranges, number = Ranges(), next(_run_numbers)
         start = lanes[0].device.now()
         feed = source.feed(self.chunk_rows, self._gather_buffers(), self.num_streams * len(lanes) + 1)
         errors: list[BaseException] = []
 
         def run(lane: _Lane, recorder: Recorder) -> None:
             try:
-                lane.executor.run(feed, sink, recorder, done.add, stopping)
+                with ranges(RUN, number):
+                    lane.executor.run(feed, sink, recorder, done.add, stopping)
             except BaseException as error:
                 errors.append(error)
                 stopping.set()
@@ -307,7 +328,19 @@ class Pipeline:
             errors.append(error)
         if errors:
             raise errors[0]
-        return done.rows, lanes[0].device.now() - start, recorders
+        seconds = lanes[0].device.now() - start
+        hardware = {lane.device.name: lane.device.description for lane in lanes}
+        return done.rows, seconds, from_recorders(recorders, start, hardware), recorders
+
+    def _ceiling_rows_per_s(self, lanes: list[_Lane]) -> float | None:
+        layer, out_dtype = self.layer, self.out_dtype or self.layer.dtype
+        return ceiling_rows_per_s(
+            self.ceilings,
+            [lane.device.name for lane in lanes],
+            layer.in_features * layer.dtype.itemsize,
+            layer.out_features * out_dtype.itemsize,
+            2 * layer.in_features * layer.out_features,
+        )
 
     def _gather_buffers(self) -> Callable[[int], HostArray]:
         """Allocates pinned chunk buffers for sources that gather rows, reusing those of earlier runs."""
@@ -321,9 +354,11 @@ class Pipeline:
 
         return take
 
-    def _stats(self, source: Source, rows: int, seconds: float, recorders: list[Recorder]) -> Stats:
+    def _stats(self, source: Source, rows: int, seconds: float, timeline: Timeline, recorders: list[Recorder]) -> Stats:
         layer, out_dtype = self.layer, self.out_dtype or self.layer.dtype
-        stages = stage_stats(recorders, seconds)
+        flop = 2 * rows * layer.in_features * layer.out_features
+        uses = [device_use(operations) for operations in timeline.devices.values()]
+        stages = stage_stats(recorders, seconds, uses, self.ceilings, flop)
         bytes_in = rows * layer.in_features * layer.dtype.itemsize
         bytes_out = rows * layer.out_features * out_dtype.itemsize
         lanes = [lane for lane in self._lanes if lane.device.name in {recorder.device for recorder in recorders}]
@@ -336,11 +371,14 @@ class Pipeline:
             bytes_out=bytes_out,
             gb_per_s_in=bytes_in / seconds / 1e9 if seconds else 0.0,
             gb_per_s_out=bytes_out / seconds / 1e9 if seconds else 0.0,
+            tflops=flop / seconds / 1e12 if seconds else 0.0,
             stages=stages,
             bound=bound(stages),
-            kernel_hidden_share=hidden_share(recorders, "kernel", ("H2D", "D2H")),
-            copy_hidden_share=hidden_share(recorders, "H2D", ("kernel",)),
-            devices={lane.device.name: lane.device.description for lane in lanes},
+            advice=advice(stages, lanes[0].device.runs_as, on_cpu=lanes[0].device.name == "cpu"),
+            ceilings={name: self.ceilings[name] for name in timeline.devices if name in self.ceilings},
+            kernel_hidden_share=mean_share([use.kernel_hidden_share for use in uses]),
+            copy_hidden_share=mean_share([use.copy_hidden_share for use in uses]),
+            devices=timeline.hardware,
             kernel=lanes[0].device.kernel,
             precision=layer.precision,
             runs_as=lanes[0].device.runs_as,
@@ -364,12 +402,13 @@ def run_pipelined(
     out_dtype: Any = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    trace: str | os.PathLike[str] | None = None,
 ) -> Result:
     """Stream one dataset through the layer: `Pipeline(...)`.run(...) in one call. See both for the arguments."""
     with Pipeline(
         layer, chunk_rows=chunk_rows, num_streams=num_streams, devices=devices, out_dtype=out_dtype
     ) as pipeline:
-        return pipeline.run(source, out, overwrite=overwrite, progress=progress)
+        return pipeline.run(source, out, overwrite=overwrite, progress=progress, trace=trace)
 
 
 class _Exclusive:
@@ -391,16 +430,18 @@ class _Exclusive:
 class _Count:
     """Counts finished rows over all devices and reports progress."""
 
-    def __init__(self, total: int | None, progress: Callable[[Progress], None] | None) -> None:
+    def __init__(
+        self, total: int | None, progress: Callable[[Progress], None] | None, ceiling_rows_per_s: float | None
+    ) -> None:
         self.rows = 0
-        self._total, self._progress = total, progress
+        self._total, self._progress, self._ceiling = total, progress, ceiling_rows_per_s
         self._lock, self._start = threading.Lock(), time.perf_counter()
 
     def add(self, chunk: Chunk) -> None:
         with self._lock:
             self.rows += chunk.rows
             if self._progress is not None:
-                self._progress(Progress(self.rows, self._total, time.perf_counter() - self._start))
+                self._progress(Progress(self.rows, self._total, time.perf_counter() - self._start, self._ceiling))
 
 
 def _whole_number(value: int | str, name: str) -> int | None:
@@ -417,9 +458,8 @@ def _whole_number(value: int | str, name: str) -> int | None:
 
 
 def _auto_chunk_rows(layer: FusedLinear, out_dtype: DType) -> int:
-    """Rows for a chunk of about 32 MiB on its wider side, a multiple of 128 between 128 and 65,536."""
-    row_bytes = max(layer.in_features * layer.dtype.itemsize, layer.out_features * out_dtype.itemsize)
-    return int(min(65_536, max(128, _CHUNK_BYTES // row_bytes // 128 * 128)))
+    """Rows of a chunk of about 32 MiB on its wider side."""
+    return auto_chunk_rows(max(layer.in_features * layer.dtype.itemsize, layer.out_features * out_dtype.itemsize))
 
 
 def _check_memory(device: Device, layer: FusedLinear, out_dtype: DType, chunk_rows: int, num_streams: int) -> None:

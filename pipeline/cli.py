@@ -1,4 +1,4 @@
-"""The command `pipeline`: run, info, demo. The only file that prints.
+"""The command `pipeline`: run, profile, view, plan, info, demo. The only file that prints.
 
 Results go to standard output, all else (errors, warnings, the progress bar) to standard error. Exit status: 0, 1 for a
 failure, 2 for a usage error, 130 after Ctrl-C, 143 after SIGTERM. Torch and CUDA are imported by the command that
@@ -20,14 +20,16 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import __version__
-from pipeline.errors import CompileError, DeviceError, PipelineError
+from pipeline.errors import CompileError, DeviceError, OptionError, PipelineError
 
 if TYPE_CHECKING:
     from pipeline.api import Progress
     from pipeline.layer import FusedLinear
+    from pipeline.timeline import Timeline
 
 _REMEDIES = {
     errno.ENOENT: "check the path",
@@ -75,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="pipeline", description="Stream datasets through one fused linear layer on NVIDIA GPUs.", parents=[common]
     )
     parser.add_argument("--version", action="version", version=f"pipeline {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="run | info | demo")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="run | profile | view | plan | info | demo")
 
     def command(name: str, action: Callable[[argparse.Namespace], int], summary: str) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, parents=[common])
@@ -101,6 +103,41 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out-dtype", metavar="DTYPE", help="element type of the result (default: the dataset's)")
     run.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     run.add_argument("--no-progress", action="store_true", help="no progress bar, on a terminal either")
+    trace = "the run's timeline: .json (Perfetto, Chrome), .png or .html"
+    run.add_argument("--trace", metavar="FILE", help=trace)
+
+    profile = command("profile", _profile, "Record a run with Nsight Systems and say where its time went.")
+    profile.add_argument(
+        "--out", default="profile", metavar="PREFIX", help="of .nsys-rep and .sqlite (default profile)"
+    )
+    profile.add_argument("--report", metavar="FILE.sqlite", help="read this export of a report instead of recording")
+    profile.add_argument("--delay", type=float, metavar="S", help="begin to record after so many seconds")
+    profile.add_argument("--duration", type=float, metavar="S", help="record so many seconds")
+    profile.add_argument("--trace", metavar="FILE", help=trace)
+    words = "what to record: 'run' with its options, or another program: pipeline profile -- run X.npy ..."
+    profile.add_argument("command_words", nargs="*", metavar="COMMAND", help=words)
+
+    view = command("view", _view, "Say what a timeline shows, and draw it.")
+    view.add_argument("timeline", metavar="RUN.json", help="what --trace RUN.json wrote")
+    view.add_argument("--trace", metavar="FILE", help="draw it: .png or .html")
+
+    plan = command("plan", _plan, "Predict rate, bound, memory and time of a job on given hardware.")
+    plan.add_argument("--rows", type=_count, required=True, metavar="N")
+    plan.add_argument("--in", type=_count, required=True, metavar="N", dest="in_features", help="in_features")
+    plan.add_argument("--out", type=_count, required=True, metavar="N", dest="out_features", help="out_features")
+    plan.add_argument("--gpu", default="h200", metavar="NAME", help="a shipped machine, or a .json (default h200)")
+    plan.add_argument("--gpus", type=_count, default=1, metavar="N", help="of all hosts together (default 1)")
+    plan.add_argument("--hosts", type=_count, default=1, metavar="N", help="(default 1)")
+    plan.add_argument("--dtype", default="float32", help="(default float32)")
+    plan.add_argument("--precision", help="for float32 data: fp32 (default), ieee or tf32")
+    where = "where the rows are: pinned, array or file (default array)"
+    plan.add_argument("--source", default="array", metavar="WHERE", help=where)
+    plan.add_argument("--to", default="array", metavar="WHERE", help="where the result goes, likewise")
+    plan.add_argument("--chunk-rows", **auto, help="rows of one kernel launch (default auto)")  # type: ignore[arg-type]
+    plan.add_argument("--num-streams", **auto, help="chunks in flight (default auto)")  # type: ignore[arg-type]
+    shared = "GB/s that all hosts together read and write on shared storage"
+    plan.add_argument("--storage-gb-per-s", type=float, metavar="X", help=shared)
+    plan.add_argument("--network-gb-per-s", type=float, metavar="X", help="GB/s each way of a host's network")
 
     command("info", _info, "Show devices, the kernels they get, versions and caches.")
 
@@ -140,7 +177,7 @@ def _one_line(error: BaseException) -> str:
         text = f"unexpected {type(error).__name__}: {text}; --debug shows where, please report it"
     notes = [note.removeprefix("pipeline: ") for note in getattr(error, "__notes__", ())]
     text = " ".join(" ".join([text, *(f"({note})" for note in notes)]).split())
-    option = r"\b(chunk_rows|devices|num_streams|out_dtype|overwrite|precision)=('?)([\w:.]+)\2"
+    option = r"\b(chunk_rows|devices|num_streams|out_dtype|overwrite|precision|trace)=('?)([\w:.]+)\2"
     return re.sub(option, lambda m: f"--{m[1].replace('_', '-')}" + ("" if m[3] == "True" else f" {m[3]}"), text)
 
 
@@ -204,7 +241,11 @@ def _progress_bar(layer: FusedLinear, out_itemsize: int, wanted: bool) -> Iterat
 
         def show(done: Progress) -> None:
             rate = done.rows_per_s
-            text = f"{rate:,.0f} rows/s, {rate * gb_in:.1f} GB/s in, {rate * gb_out:.1f} out"
+            text = f"{rate:,.0f} rows/s, {rate * gb_in:.1f} GB/s in, "
+            if done.ceiling_rows_per_s is None:
+                text += f"{rate * gb_out:.1f} out"
+            else:
+                text += f"{rate / done.ceiling_rows_per_s:.0%} of ceiling"
             bar.update(task, completed=done.rows_done, total=done.rows_total, description=text)
 
         yield show
@@ -228,11 +269,92 @@ def _run(args: argparse.Namespace) -> int:
             out_dtype=out_dtype,
             overwrite=args.overwrite,
             progress=progress,
+            trace=args.trace,
         )
     if args.json:
         print(json.dumps({"out": str(result.out), "stats": result.stats.as_dict()}))
     else:
         print(*result.stats.lines(), f"wrote {result.out}", sep="\n")
+    return 0
+
+
+# -- profile, view, plan ---------------------------------------------------------------------------------------------
+
+
+def _show_timeline(args: argparse.Namespace, timeline: Timeline, stats: dict[str, Any] | None) -> None:
+    """Print the use of the lanes and draw the timeline, as the options say."""
+    from pipeline.timeline import device_use, use_lines
+    from pipeline.trace import write_trace
+
+    if args.trace is not None:
+        write_trace(args.trace, timeline, stats)
+    if args.json:
+        uses = {device: device_use(operations).as_dict() for device, operations in timeline.devices.items()}
+        about = {"origin": timeline.origin, "dropped": timeline.dropped, "unassigned": timeline.unassigned}
+        print(json.dumps({"devices": uses, "hardware": timeline.hardware, **about}))
+        return
+    print(*use_lines(timeline), sep="\n")
+    if args.trace is not None:
+        print(f"wrote {args.trace}")
+
+
+def _profile(args: argparse.Namespace) -> int:
+    from pipeline.nsys import read_report, record
+    from pipeline.trace import check_trace
+
+    if args.trace is not None:
+        check_trace(args.trace)
+    if (args.report is None) == (not args.command_words):
+        raise OptionError(
+            "profile records a command or reads a report: give it one of them, 'pipeline profile -- run X.npy ...' or "
+            "'pipeline profile --report FILE.sqlite'"
+        )
+    report = args.report
+    if report is None:
+        words = args.command_words
+        words = [sys.executable, "-m", "pipeline", *words] if words[0] in ("run", "demo") else words
+        report = record(words, Path(args.out), delay_s=args.delay, duration_s=args.duration, quiet=args.json)
+    _show_timeline(args, read_report(report), None)
+    return 0
+
+
+def _view(args: argparse.Namespace) -> int:
+    from pipeline.trace import check_trace, read_trace
+
+    if args.trace is not None:
+        check_trace(args.trace)
+    timeline, stats = read_trace(args.timeline)
+    _show_timeline(args, timeline, stats)
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from pipeline.config import DEFAULT_STREAMS, parse_dtype, parse_precision
+    from pipeline.kernels.select import Problem, runs_as
+    from pipeline.plan import Job, Machine, predict
+
+    dtype = parse_dtype(args.dtype, "dtype")
+    precision = parse_precision(args.precision, dtype)
+    job = Job(
+        args.rows,
+        args.in_features,
+        args.out_features,
+        dtype,
+        runs_as(Problem(dtype, dtype, precision, args.in_features, args.out_features)),
+        source=args.source,
+        out=args.to,
+        gpus=args.gpus,
+        hosts=args.hosts,
+        chunk_rows=None if args.chunk_rows == "auto" else args.chunk_rows,
+        num_streams=DEFAULT_STREAMS if args.num_streams == "auto" else args.num_streams,
+        storage_gb_per_s=args.storage_gb_per_s,
+        network_gb_per_s=args.network_gb_per_s,
+    )
+    prediction = predict(job, Machine.load(args.gpu))
+    if args.json:
+        print(json.dumps(prediction.as_dict()))
+    else:
+        print(*prediction.lines(), sep="\n")
     return 0
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 STAGES = ("fill", "H2D", "kernel", "D2H", "drain")
-_COLORS = {"fill": 0x4477AA, "H2D": 0x66CCEE, "kernel": 0x228833, "D2H": 0xCCBB44, "drain": 0xEE6677}
+RUN = "run"  # the range around a whole run on one device; its payload is the run's number in the process
+
+# One colour a stage wherever it is drawn, apart for colour-blind readers too (Okabe and Ito's set).
+STAGE_COLORS = {"fill": 0xE69F00, "H2D": 0x56B4E9, "kernel": 0x009E73, "D2H": 0x0072B2, "drain": 0xD55E00}
+_COLORS = {**STAGE_COLORS, RUN: 0x999999}
 
 
 class Ranges:
-    """NVTX ranges in the domain "pipeline": one a stage and chunk, named after the stage, chunk number as payload.
+    """NVTX ranges in the domain "pipeline": one an operation, named after its stage, the chunk's number as payload.
 
     Without a profiler attached `nvtx` hands out a dummy domain and every range is one shared object that does
     nothing.
@@ -56,8 +59,7 @@ class _NoRange:
 _NO_RANGE = _NoRange()
 
 
-@dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(NamedTuple):  # a tuple is made in a third of a frozen dataclass's time
     """One operation: seconds on the run's clock, bytes moved (0 for kernels)."""
 
     stage: str
@@ -83,6 +85,10 @@ class StageTotals:
         self._busy_until_s = max(self._busy_until_s, interval.end_s)
 
 
+KEPT = 10_000  # operations of a device that every run keeps, for its report: some seconds of a fast one
+KEPT_FOR_TRACE = 200_000
+
+
 class Recorder:
     """The event record of one device in one run.
 
@@ -91,7 +97,7 @@ class Recorder:
     which they started.
     """
 
-    def __init__(self, device: str, keep: int = 50_000) -> None:
+    def __init__(self, device: str, keep: int = KEPT) -> None:
         self.device = device
         self.totals = {stage: StageTotals() for stage in STAGES}
         self.intervals: deque[Interval] = deque(maxlen=keep)
@@ -101,13 +107,36 @@ class Recorder:
         self.totals[stage].add(interval)
         self.intervals.append(interval)
 
-    def hidden_share(self, stage: str, behind: Iterable[str]) -> float | None:
-        """The share of `stage`'s busy time during which any stage of `behind` was busy; None if it was never busy."""
-        cover = set(behind)
-        ours = merged([(i.start_s, i.end_s) for i in self.intervals if i.stage == stage])
-        theirs = merged([(i.start_s, i.end_s) for i in self.intervals if i.stage in cover])
-        busy = sum(end - start for start, end in ours)
-        return overlap_s(ours, theirs) / busy if busy > 0 else None
+    @property
+    def dropped(self) -> int:
+        """Operations that were recorded and aren't kept any more."""
+        return sum(total.count for total in self.totals.values()) - len(self.intervals)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The most that one device and its host reach, as measured; None where nothing was measured.
+
+    GB/s are 1e9 bytes a second. H2D and D2H are each direction's rate while the other one is busy as well; fill and
+    drain are the copy workers' rates while the other lanes work. `origin` says when and how they were measured.
+    """
+
+    h2d_gb_per_s: float | None = None
+    d2h_gb_per_s: float | None = None
+    fill_gb_per_s: float | None = None
+    drain_gb_per_s: float | None = None
+    kernel_tflops: float | None = None
+    origin: str = ""
+
+    def of(self, stage: str) -> float | None:
+        """The stage's ceiling: GB/s, TFLOP/s for the kernel."""
+        return {
+            "fill": self.fill_gb_per_s,
+            "H2D": self.h2d_gb_per_s,
+            "kernel": self.kernel_tflops,
+            "D2H": self.d2h_gb_per_s,
+            "drain": self.drain_gb_per_s,
+        }[stage]
 
 
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,22 +1,36 @@
-"""What a run reports: rates, busy times by stage, the stage that bounds it, and how far copies hide kernels."""
+"""What a run reports: rates, each stage's use and waiting, the share of the measured ceiling, the bound, and advice."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.instrument import STAGES, Recorder
+from pipeline.instrument import STAGES, Ceilings, Recorder
+from pipeline.timeline import DeviceUse, causes_text
+
+_AT_CEILING = 0.9  # of the measured ceiling: the hardware is used up
+_MOSTLY_BUSY = 0.75
 
 
 @dataclass(frozen=True)
 class StageStats:
-    """One stage over all devices of a run. `busy_s` counts overlapping operations of a device once."""
+    """One stage over all devices of a run. `busy_s` counts overlapping operations of a device once.
+
+    `rate` is GB/s over the whole run, for the kernel TFLOP/s; `ceiling` is the same of the measured ceilings of all
+    devices together, None where a device has none. `waiting_for` gives the shares of the waiting time by cause (fill,
+    bus, kernel, drain, host), from the operations that were kept.
+    """
 
     count: int
     bytes: int
     busy_s: float
     busy_share: float  # of the run's seconds, averaged over the devices
+    waiting_s: float = 0.0
+    waiting_for: dict[str, float] = field(default_factory=dict)
+    rate: float = 0.0
+    ceiling: float | None = None
+    ceiling_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -30,10 +44,13 @@ class Stats:
     bytes_out: int
     gb_per_s_in: float
     gb_per_s_out: float
+    tflops: float
     stages: dict[str, StageStats]
     bound: str  # the stage with the largest busy share; "none" for an empty run
+    advice: str  # one sentence: what would make the run faster; "" for an empty run
+    ceilings: dict[str, Ceilings]  # of the devices that have measured ones
     kernel_hidden_share: float | None  # of the kernels' time, spent while a copy ran as well
-    copy_hidden_share: float | None  # of the H2D copies' time, spent while a kernel ran as well
+    copy_hidden_share: float | None  # of the time of copies in either direction, spent while a kernel ran as well
     devices: dict[str, str]  # name: hardware
     kernel: str
     precision: str  # that was asked for
@@ -53,7 +70,7 @@ class Stats:
         return "\n".join(self.lines())
 
     def lines(self) -> list[str]:
-        """The report as text: a summary and a table of the stages."""
+        """The report as text: a summary, a table of the stages, the bound and what to do about it."""
         out = [
             f"{self.rows:,} rows in {self.seconds:.3f} s: {self.rows_per_s:,.0f} rows/s, "
             f"{self.gb_per_s_in:.2f} GB/s in, {self.gb_per_s_out:.2f} GB/s out",
@@ -61,39 +78,137 @@ class Stats:
             f"{self.kernel}; precision {self.precision}, ran as {self.runs_as}",
             f"chunks: {self.chunks} of up to {self.chunk_rows} rows; streams: {self.num_streams}; {self.copy_workers}, "
             f"{self.pinned_bytes / 2**20:.0f} MiB pinned",
-            f"{'stage':<8}{'count':>8}{'GB':>10}{'busy s':>10}{'busy':>8}",
+            *stage_table({name: asdict(stage) for name, stage in self.stages.items()}),
         ]
-        for name, stage in self.stages.items():
-            out.append(
-                f"{name:<8}{stage.count:>8}{stage.bytes / 1e9:>10.2f}{stage.busy_s:>10.3f}{stage.busy_share:>8.0%}"
-            )
         if self.bound != "none":
-            out.append(f"bound by {self.bound}: busy {self.stages[self.bound].busy_share:.0%} of the time")
+            out.append(self.bound_line())
+            out.append(f"to go faster: {self.advice}")
         if self.kernel_hidden_share is not None:
             out.append(f"{self.kernel_hidden_share:.0%} of the kernels' time was hidden behind copies")
         return out
 
+    def bound_line(self) -> str:
+        """The bound, its use, and how near it came to its measured ceiling."""
+        stage = self.stages[self.bound]
+        text = f"bound by {self.bound}: busy {stage.busy_share:.0%} of the time"
+        if stage.ceiling is not None and stage.ceiling_share is not None:
+            origin = next((f" ({c.origin})" for c in self.ceilings.values() if c.origin), "")
+            text += f", at {stage.ceiling_share:.0%} of its ceiling of {rate_text(self.bound, stage.ceiling)}{origin}"
+        return text
 
-def stage_stats(recorders: Sequence[Recorder], seconds: float) -> dict[str, StageStats]:
-    """Totals of each stage over the devices' records."""
+
+def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The stages of `Stats.as_dict()` as lines of text."""
+    out = [f"{'stage':<8}{'count':>8}{'GB':>9}{'busy s':>9}{'busy':>6}{'wait':>6}{'rate':>14}{'ceiling':>9}  waits for"]
+    for name, stage in stages.items():
+        share = stage["ceiling_share"]
+        out.append(
+            f"{name:<8}{stage['count']:>8}{stage['bytes'] / 1e9:>9.2f}{stage['busy_s']:>9.3f}"
+            f"{stage['busy_share']:>6.0%}{1 - stage['busy_share'] if stage['count'] else 0:>6.0%}"
+            f"{rate_text(name, stage['rate']):>14}"
+            f"{'-' if share is None else f'{share:.0%}':>9}  {causes_text(stage['waiting_for'])}"
+        )
+    return out
+
+
+def rate_text(stage: str, rate: float) -> str:
+    """A stage's rate with its unit."""
+    return f"{rate:{'.1f' if rate >= 10 else '.2f'}} {'TFLOP/s' if stage == 'kernel' else 'GB/s'}"
+
+
+def stage_stats(
+    recorders: Sequence[Recorder],
+    seconds: float,
+    uses: Sequence[DeviceUse] = (),
+    ceilings: Mapping[str, Ceilings] | None = None,
+    flop: float = 0.0,
+) -> dict[str, StageStats]:
+    """Totals of each stage over the devices' records of a run of `seconds`, whose kernels did `flop` operations."""
     stages = {}
+    known = [(ceilings or {}).get(recorder.device) for recorder in recorders]
     for name in STAGES:
         totals = [recorder.totals[name] for recorder in recorders]
+        count, n_bytes = sum(total.count for total in totals), sum(total.bytes for total in totals)
         busy_s = sum(total.busy_s for total in totals)
-        share = busy_s / (seconds * len(recorders)) if seconds > 0 and recorders else 0.0
+        available_s = seconds * len(recorders)
+        each = [None if found is None else found.of(name) for found in known]
+        ceiling = sum(value for value in each if value is not None) if each and None not in each else None
+        rate = (flop / 1e12 if name == "kernel" else n_bytes / 1e9) / seconds if seconds > 0 else 0.0
         stages[name] = StageStats(
-            sum(total.count for total in totals), sum(total.bytes for total in totals), busy_s, share
+            count,
+            n_bytes,
+            busy_s,
+            busy_share=busy_s / available_s if available_s > 0 else 0.0,
+            waiting_s=max(0.0, available_s - busy_s) if count else 0.0,
+            waiting_for=_causes(uses, name) if count else {},
+            rate=rate,
+            ceiling=ceiling,
+            ceiling_share=rate / ceiling if ceiling and count else None,
         )
     return stages
 
 
-def bound(stages: dict[str, StageStats]) -> str:
+def _causes(uses: Sequence[DeviceUse], stage: str) -> dict[str, float]:
+    waiting_s = sum(use.lanes[stage].waiting_s for use in uses)
+    causes: dict[str, float] = {}
+    for use in uses:
+        for cause, seconds in use.lanes[stage].waiting_for.items():
+            causes[cause] = causes.get(cause, 0.0) + seconds / waiting_s
+    return causes
+
+
+def bound(stages: Mapping[str, StageStats]) -> str:
     """The stage with the largest busy share."""
     busiest = max(stages, key=lambda name: stages[name].busy_share)
     return busiest if stages[busiest].count else "none"
 
 
-def hidden_share(recorders: Sequence[Recorder], stage: str, behind: tuple[str, ...]) -> float | None:
-    """The mean over the devices of the share of `stage`'s busy time hidden behind the stages `behind`."""
-    shares = [share for recorder in recorders if (share := recorder.hidden_share(stage, behind)) is not None]
-    return sum(shares) / len(shares) if shares else None
+def advice(stages: Mapping[str, StageStats], runs_as: str, on_cpu: bool) -> str:
+    """One sentence: what would make a run with these stages faster."""
+    name = bound(stages)
+    if name == "none":
+        return ""
+    stage = stages[name]
+    if stage.busy_share < _MOSTLY_BUSY:
+        return (
+            f"no stage is busy most of the time ({name} is for {stage.busy_share:.0%}): give more rows, larger "
+            f"chunk_rows or more num_streams, or a source that delivers sooner"
+        )
+    if on_cpu and name in ("H2D", "kernel", "D2H"):
+        return "the CPU computes and copies: a GPU, or more cores"
+    if name in ("H2D", "D2H"):
+        if stage.ceiling_share is not None and stage.ceiling_share < _AT_CEILING:
+            return (
+                f"the bus is busy but moves only {stage.ceiling_share:.0%} of what it can: look for other jobs on it, "
+                f"try larger chunk_rows, and pinned memory at both ends"
+            )
+        fewer = "" if runs_as in ("bfloat16", "float16") else "data in bfloat16 or float16 (half the bytes), or "
+        return f"the bus is used up: {fewer}another GPU with a bus of its own"
+    if name == "kernel":
+        lower = {"ieee": "precision='tf32' if its accuracy will do, or ", "tf32": "bfloat16 or float16 data, or "}
+        return f"the GPU's arithmetic is used up: {lower.get(runs_as, '')}another GPU"
+    if name == "fill":
+        return "reading the source is the limit: pinned memory as the source, faster files, or more copy workers"
+    return "storing the result is the limit: pinned memory as the output, a faster disk, or more copy workers"
+
+
+def ceiling_rows_per_s(
+    ceilings: Mapping[str, Ceilings], devices: Sequence[str], in_row_bytes: int, out_row_bytes: int, row_flop: int
+) -> float | None:
+    """Rows a second that the buses and kernels of all `devices` allow; None where one has no measured bus."""
+    total = 0.0
+    for device in devices:
+        found = ceilings.get(device)
+        if found is None or found.h2d_gb_per_s is None or found.d2h_gb_per_s is None:
+            return None
+        limits = [found.h2d_gb_per_s * 1e9 / in_row_bytes, found.d2h_gb_per_s * 1e9 / out_row_bytes]
+        if found.kernel_tflops is not None:
+            limits.append(found.kernel_tflops * 1e12 / row_flop)
+        total += min(limits)
+    return total or None
+
+
+def mean_share(shares: Sequence[float | None]) -> float | None:
+    """The mean over the devices that have one."""
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None

@@ -12,6 +12,7 @@ import pipeline
 from pipeline.config import FLOAT32
 from pipeline.kernels.compile import compile_variant, csrc_dir
 from pipeline.kernels.select import Problem, select
+from pipeline.plan import Job, Machine, predict
 
 
 def check_sources() -> str:
@@ -44,6 +45,12 @@ def check_job() -> str:
     return f"a job from file to file is right (largest difference {difference:.1e})"
 
 
+def check_plan() -> str:
+    machine = Machine.load("h200")
+    found = predict(Job(10**6, 4096, 4096, FLOAT32, "tf32"), machine)
+    return f"a plan for {machine.gpu} is bound by {found.bound}"
+
+
 if __name__ == "__main__":
-    for check in (check_sources, check_compile, check_job):
+    for check in (check_sources, check_compile, check_job, check_plan):
         print(f"wheel: {check()}")

@@ -13,8 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def bench(*arguments: str, gpus: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "bench"), *arguments]
+def bench(*arguments: str, gpus: str = "", script: str = "bench") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts" / script), *arguments]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
     return subprocess.run(command, capture_output=True, text=True, timeout=110, env=environment)
 
@@ -36,3 +36,15 @@ def test_bench_file_checks_every_row_and_reports_memory(tmp_path: Path) -> None:
 def test_bench_without_a_gpu_says_so(name: str) -> None:
     done = bench(name)
     assert done.returncode == 1 and "needs a GPU" in done.stderr
+
+
+def test_capture_without_a_gpu_says_so(tmp_path: Path) -> None:
+    done = bench("--out", str(tmp_path / "out"), script="capture")
+    assert done.returncode == 1 and "needs a GPU" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_errors_lists_every_recorded_run() -> None:
+    done = bench(script="plan_errors.py")
+    assert done.returncode == 0, done.stderr
+    assert "bench/stream-h200: pinned" in done.stdout and "largest error" in done.stdout

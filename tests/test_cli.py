@@ -124,6 +124,7 @@ def test_run_passes_every_option_on(job: Job, monkeypatch: pytest.MonkeyPatch) -
         "devices": ["cuda:0", "cuda:1"],
         "overwrite": True,
         "progress": None,
+        "trace": None,
     }
 
 
@@ -471,6 +472,72 @@ def test_demo_fails_when_one_chunk_is_wrong(
     assert captured.err.startswith("pipeline: error: the demo's result differs") and captured.err.count("\n") == 1
 
 
+# -- profile, view, plan ---------------------------------------------------------------------------------------------
+
+
+def test_run_trace_is_viewed_again(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = job.folder / "run.json"
+    assert cli.main(job.args("--trace", str(trace), "--chunk-rows", "32")) == 0
+    capsys.readouterr()
+    assert cli.main(["view", str(trace)]) == 0
+    text = capsys.readouterr().out
+    assert "10 chunks; steady window" in text and "waiting for" in text and "hidden behind" in text
+    assert cli.main(["view", str(trace), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["devices"]["cpu"]["lanes"]["kernel"]["count"] >= 1 and printed["origin"] == "event record"
+
+
+def test_view_refuses_what_is_no_timeline(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["view", str(job.source)]) == 1
+    assert "isn't a timeline" in error_line(capsys)
+    assert cli.main(["view", "none.json"]) == 1
+    assert "check the path" in error_line(capsys)
+
+
+def test_profile_reads_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from nsys_export import Export
+
+    from pipeline.instrument import Interval
+
+    export = Export(tmp_path / "run.sqlite")
+    for chunk in range(4):
+        export.range("H2D", 1000 * chunk, 1000 * chunk + 100, chunk)
+        export.operation(Interval("H2D", chunk, chunk * 1e-3, chunk * 1e-3 + 9e-4, 1 << 20), 1000 * chunk + 50)
+    export.close()
+    trace = tmp_path / "run.json"
+    assert cli.main(["profile", "--report", str(tmp_path / "run.sqlite"), "--trace", str(trace)]) == 0
+    text = capsys.readouterr().out
+    assert "cuda:0 (NVIDIA H200): 4 chunks" in text and "read from the Nsight Systems report" in text
+    assert json.loads(trace.read_text())["otherData"]["hardware"] == {"cuda:0": "NVIDIA H200"}
+
+
+@pytest.mark.parametrize("args", [[], ["--report", "x.sqlite", "--", "run"]])
+def test_profile_takes_a_command_or_a_report(args: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["profile", *args]) == 1
+    assert "give it one of them" in error_line(capsys)
+
+
+def test_profile_without_nsys_says_what_else_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIPELINE_NSYS", "/no/nsys")
+    assert cli.main(["profile", "--", "run", "x.npy"]) == 1
+    assert "--trace run.json" in error_line(capsys)
+
+
+def test_plan_prints_a_prediction(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["plan", "--rows", "1000000", "--in", "8192", "--out", "8192", "--precision", "tf32"]
+    assert cli.main([*args, "--source", "pinned", "--to", "pinned"]) == 0
+    text = capsys.readouterr().out
+    for expected in ("rows/s", "bound by", "H2D", "GiB on each GPU", "hardware: 1 x NVIDIA H200"):
+        assert expected in text
+    assert cli.main([*args, "--json", "--gpus", "1000", "--hosts", "125"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["rows_per_s"] > 0 and printed["limits"]["GPUs"] > 0
+    assert cli.main([*args, "--gpu", "abacus"]) == 1
+    assert "expected one of h200" in error_line(capsys)
+
+
 # -- real processes --------------------------------------------------------------------------------------------------
 
 
@@ -479,7 +546,7 @@ def test_process_help_is_quick_and_imports_no_torch() -> None:
     code += "print({name.split('.')[0] for name in sys.modules} & {'torch', 'cuda', 'rich', 'safetensors'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.splitlines()[-1] == "set()"
-    assert "run | info | demo" in done.stdout
+    assert "run | profile | view | plan | info | demo" in done.stdout
 
 
 def test_process_version() -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from pipeline.arrays import HostArray
 from pipeline.config import DType
 from pipeline.errors import DeviceNotFoundError, OptionError
+from pipeline.instrument import Ceilings
 from pipeline.layer import FusedLinear
 
 
@@ -114,6 +115,10 @@ class Device(ABC):
 
     def order_after(self, tensor: Any) -> None:
         """Let all later operations wait for what the caller has queued on the tensor's stream so far."""
+
+    def ceilings(self) -> Ceilings | None:
+        """The most that this device reaches for the prepared layer, where it was measured."""
+        return None
 
     def workers(self) -> Workers | None:
         """Copy workers of the device's own, for devices with a clock of their own."""

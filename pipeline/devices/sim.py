@@ -55,7 +55,7 @@ class _SimOperation:
 
 
 @dataclass
-class _Engine:
+class Engine:
     """A FIFO: an operation starts when the one before it has ended."""
 
     free_at_s: float = 0.0
@@ -81,7 +81,7 @@ class SimDevice(Device):
         self._random = random.Random(seed)
         self._moments: list[_Moment] = []
         self._numbers = itertools.count()
-        self._engines = {stage: _Engine() for stage in ("H2D", "kernel", "D2H")}
+        self._engines = {stage: Engine() for stage in ("H2D", "kernel", "D2H")}
         self._fail = dict(fail or {})
         self._counts = dict.fromkeys(self._engines, 0)
         self._pinned: list[HostArray] = []
@@ -109,7 +109,7 @@ class SimDevice(Device):
 
     def schedule(
         self,
-        engine: _Engine,
+        engine: Engine,
         earliest_s: float,
         seconds: float,
         at_start: Callable[[], None],
@@ -216,7 +216,7 @@ class _SimWorkers:
 
     def __init__(self, device: SimDevice) -> None:
         self._device = device
-        self._threads = [_Engine() for _ in range(device.hardware.copy_threads)]
+        self._threads = [Engine() for _ in range(device.hardware.copy_threads)]
         self.description = f"copy workers: {len(self._threads)} (simulated)"
 
     def submit(self, work: Callable[[], None]) -> Operation:

@@ -1,0 +1,271 @@
+"""A run's timeline: what each lane of each device did and when, how far lanes hid behind each other, and what a lane
+that stood still was waiting for. Made from the event record or from an Nsight Systems report, read the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.instrument import STAGES, Interval, Recorder, merged, overlap_s
+
+Spans = list[tuple[float, float]]
+
+# What a lane waits for, by the lane that is at work meanwhile. With none at work, it is the host's own code.
+CAUSES = {"fill": "fill", "H2D": "bus", "kernel": "kernel", "D2H": "bus", "drain": "drain"}
+HOST = "host"
+_ENGINES = ("H2D", "kernel", "D2H")
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The operations of each device, in seconds from the run's start, ordered by start within a stage.
+
+    `origin` says what they were read from, `hardware` what the devices are. `dropped` operations were recorded and not
+    kept: the earliest ones. `unassigned` counts copies and kernels on the GPU outside every range of the pipeline.
+    """
+
+    devices: dict[str, list[Interval]]
+    origin: str = "event record"
+    hardware: dict[str, str] = field(default_factory=dict)
+    dropped: int = 0
+    unassigned: int = 0
+
+
+@dataclass(frozen=True)
+class LaneUse:
+    """One lane within a window. `busy_s` counts overlapping operations once; `waiting_for` splits `waiting_s` by cause
+    (fill, bus, kernel, drain, host)."""
+
+    count: int
+    bytes: int
+    busy_s: float
+    busy_share: float
+    waiting_s: float
+    waiting_for: dict[str, float]
+    longest_wait_s: float
+
+    @property
+    def waiting_shares(self) -> dict[str, float]:
+        """`waiting_for` as shares of the waiting time."""
+        return {cause: seconds / self.waiting_s for cause, seconds in self.waiting_for.items()}
+
+
+@dataclass(frozen=True)
+class DeviceUse:
+    """What one device's lanes did between `start_s` and `end_s`.
+
+    Shares are None where the stage in question was never busy.
+    """
+
+    start_s: float
+    end_s: float
+    lanes: dict[str, LaneUse]
+    kernel_hidden_share: float | None  # of the kernels' time, spent while a copy ran as well
+    copy_hidden_share: float | None  # of the time of copies in either direction, spent while a kernel ran as well
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        return asdict(self)
+
+
+def from_recorders(recorders: Sequence[Recorder], start_s: float, hardware: dict[str, str] | None = None) -> Timeline:
+    """The timeline of a run that started at `start_s` on the recorders' clock."""
+    devices = {}
+    for recorder in recorders:
+        operations = [Interval(stage, c, t0 - start_s, t1 - start_s, n) for stage, c, t0, t1, n in recorder.intervals]
+        devices[recorder.device] = one_at_a_time(operations)
+    return Timeline(devices, hardware=hardware or {}, dropped=sum(recorder.dropped for recorder in recorders))
+
+
+def one_at_a_time(operations: Sequence[Interval]) -> list[Interval]:
+    """The operations with those of an engine one after the other, as engines work.
+
+    NOTE: a CUDA event fires when its stream reaches it, so the start of a copy or a kernel is when it could have begun,
+    while its engine may still be at work for another stream. It began when that work ended.
+    """
+    out: list[Interval] = []
+    for stage in STAGES:
+        mine = [i for i in operations if i.stage == stage]
+        if stage not in _ENGINES:
+            out.extend(sorted(mine, key=lambda i: i.start_s))
+            continue
+        free_s = float("-inf")
+        for interval in sorted(mine, key=lambda i: i.end_s):
+            if interval.start_s < free_s:
+                interval = Interval(stage, interval.chunk, min(interval.end_s, free_s), interval.end_s, interval.bytes)
+            out.append(interval)
+            free_s = interval.end_s
+    return out
+
+
+def spans_of(operations: Sequence[Interval], stages: Sequence[str]) -> Spans:
+    """When any of `stages` was busy."""
+    return merged([(i.start_s, i.end_s) for i in operations if i.stage in stages])
+
+
+def steady_window(operations: Sequence[Interval]) -> tuple[float, float]:
+    """From the first start of the last stage to the last end of the first stage: the lanes are full, rows still come.
+
+    For runs in which that is less than a quarter of the time, from the first start to the last end.
+
+    Raises:
+        ValueError: no operations.
+    """
+    present = [stage for stage in STAGES if any(i.stage == stage for i in operations)]
+    start = min(i.start_s for i in operations if i.stage == present[-1])
+    end = max(i.end_s for i in operations if i.stage == present[0])
+    whole = min(i.start_s for i in operations), max(i.end_s for i in operations)
+    return (start, end) if end - start > 0.25 * (whole[1] - whole[0]) else whole
+
+
+def device_use(operations: Sequence[Interval], window: tuple[float, float] | None = None) -> DeviceUse:
+    """How the lanes were used within `window` (default: the steady one).
+
+    While a lane stands still, each moment is put down to the lane that is at work then; where several are, to the one
+    that is busiest over the window: that one holds up the others. Where none is, to the host.
+    """
+    if window is None:
+        window = steady_window(operations) if operations else (0.0, 0.0)
+    mine: dict[str, list[Interval]] = {stage: [] for stage in STAGES}
+    for interval in operations:
+        if interval.end_s > window[0] and interval.start_s < window[1]:
+            mine[interval.stage].append(interval)
+    spans = {stage: intersection(merged([i[2:4] for i in each]), [window]) for stage, each in mine.items()}
+    seconds = window[1] - window[0]
+    busy = {stage: total_s(each) for stage, each in spans.items()}
+    by_use = sorted(STAGES, key=lambda stage: -busy[stage])
+    lanes = {}
+    for stage in STAGES:
+        gaps = difference([window], spans[stage])
+        lanes[stage] = LaneUse(
+            count=len(mine[stage]),
+            bytes=round(sum(_bytes_inside(i, window) for i in mine[stage])),
+            busy_s=busy[stage],
+            busy_share=busy[stage] / seconds if seconds > 0 else 0.0,
+            waiting_s=total_s(gaps),
+            waiting_for=_causes(gaps, [(other, spans[other]) for other in by_use if other != stage]),
+            longest_wait_s=max((end - start for start, end in gaps), default=0.0),
+        )
+    copies = merged(spans["H2D"] + spans["D2H"])
+    return DeviceUse(*window, lanes, _hidden(spans["kernel"], copies), _hidden(copies, spans["kernel"]))
+
+
+def _bytes_inside(interval: Interval, window: tuple[float, float]) -> float:
+    """The bytes of an operation that belong to the part of it inside the window."""
+    start_s, end_s = interval.start_s, interval.end_s
+    if window[0] <= start_s and end_s <= window[1]:
+        return interval.bytes
+    return interval.bytes * (min(end_s, window[1]) - max(start_s, window[0])) / (end_s - start_s)
+
+
+def _causes(gaps: Spans, others: Sequence[tuple[str, Spans]]) -> dict[str, float]:
+    causes: dict[str, float] = {}
+    for stage, at_work in others:
+        found = overlap_s(gaps, at_work)
+        if found > 0:
+            causes[CAUSES[stage]] = causes.get(CAUSES[stage], 0.0) + found
+            gaps = difference(gaps, at_work)
+    rest = total_s(gaps)
+    return {**causes, HOST: rest} if rest > 0 else causes
+
+
+def _hidden(spans: Spans, behind: Spans) -> float | None:
+    busy = total_s(spans)
+    return overlap_s(spans, behind) / busy if busy > 0 else None
+
+
+def total_s(spans: Spans) -> float:
+    """Seconds in a merged span list."""
+    return sum(end - start for start, end in spans)
+
+
+def intersection(a: Spans, b: Spans) -> Spans:
+    """What two merged span lists have in common."""
+    out: Spans = []
+    i = j = 0
+    while i < len(a) and j < len(b):
+        start, end = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
+        if start < end:
+            out.append((start, end))
+        if a[i][1] < b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return out
+
+
+def difference(a: Spans, b: Spans) -> Spans:
+    """What is in merged span list `a` and not in `b`."""
+    out: Spans = []
+    j = 0
+    for start, end in a:
+        while j < len(b) and b[j][1] <= start:
+            j += 1
+        k = j
+        while k < len(b) and b[k][0] < end:
+            if start < b[k][0]:
+                out.append((start, b[k][0]))
+            start = max(start, b[k][1])
+            k += 1
+        if start < end:
+            out.append((start, end))
+    return out
+
+
+def lanes_of(operations: Sequence[Interval], stage: str) -> list[list[Interval]]:
+    """The stage's operations in as few rows as show them without overlap: copy workers work at the same time."""
+    rows: list[list[Interval]] = []
+    for interval in sorted((i for i in operations if i.stage == stage), key=lambda i: i.start_s):
+        for row in rows:
+            if row[-1].end_s <= interval.start_s + 1e-9:
+                row.append(interval)
+                break
+        else:
+            rows.append([interval])
+    return rows
+
+
+def use_lines(timeline: Timeline) -> list[str]:
+    """The use of every device's lanes in its steady window, as text."""
+    out = []
+    for name, operations in timeline.devices.items():
+        about = f" ({timeline.hardware[name]})" if name in timeline.hardware else ""
+        if not operations:
+            out.append(f"{name}{about}: no operations in the {timeline.origin}")
+            continue
+        use = device_use(operations)
+        chunks = len({i.chunk for i in operations})
+        out.append(
+            f"{name}{about}: {chunks:,} chunks; steady window of {(use.end_s - use.start_s) * 1e3:,.1f} ms, read from "
+            f"the {timeline.origin}"
+        )
+        out.append(f"  {'lane':<8}{'count':>8}{'busy ms':>11}{'busy':>8}{'waiting':>9}{'longest':>10}  waiting for")
+        for stage, lane in use.lanes.items():
+            if lane.count:
+                out.append(
+                    f"  {stage:<8}{lane.count:>8,}{lane.busy_s * 1e3:>11,.1f}{lane.busy_share:>8.1%}"
+                    f"{1 - lane.busy_share:>9.1%}{lane.longest_wait_s * 1e3:>7.2f} ms  "
+                    f"{causes_text(lane.waiting_shares)}"
+                )
+        for what, behind, share in (
+            ("kernel time", "copies", use.kernel_hidden_share),
+            ("copy time", "kernels", use.copy_hidden_share),
+        ):
+            if share is not None:
+                out.append(f"  {what} hidden behind {behind}: {share:.1%}")
+    if timeline.unassigned:
+        out.append(f"{timeline.unassigned:,} copies and kernels lie outside the pipeline's ranges and are left out")
+    if timeline.dropped:
+        out.append(f"the earliest {timeline.dropped:,} operations were not kept")
+    return out
+
+
+def causes_text(shares: Mapping[str, float]) -> str:
+    """`bus 61%, host 39%`: what a lane waited for, by shares of its waiting time; a dash where it didn't wait."""
+    return ", ".join(f"{cause} {share:.0%}" for cause, share in by_size(shares) if share >= 0.005) or "-"
+
+
+def by_size(shares: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(shares.items(), key=lambda item: -item[1])

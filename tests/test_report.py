@@ -1,0 +1,84 @@
+"""Reports: ceilings, the bound's sentence, advice, and progress against the ceiling."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from device_tests import random_layer, random_rows
+
+from pipeline import Pipeline, Progress
+from pipeline.instrument import STAGES, Ceilings, Recorder
+from pipeline.report import StageStats, advice, bound, ceiling_rows_per_s, stage_stats
+
+
+def stages(**busy_shares: float) -> dict[str, StageStats]:
+    return {
+        name: StageStats(1 if name in busy_shares else 0, 0, 0.0, busy_shares.get(name, 0.0), ceiling_share=0.95)
+        for name in STAGES
+    }
+
+
+def test_stats_compare_with_the_ceilings_of_all_devices() -> None:
+    recorders = [Recorder("a"), Recorder("b")]
+    for recorder in recorders:
+        recorder.add("H2D", 0, 0.0, 1.0, 4 * 10**9)
+        recorder.add("kernel", 0, 0.0, 0.5)
+    ceilings = {"a": Ceilings(5.0, 5.0, kernel_tflops=3.0), "b": Ceilings(3.0, 3.0)}
+    found = stage_stats(recorders, 2.0, (), ceilings, flop=2e12)
+    assert (found["H2D"].rate, found["H2D"].ceiling, found["H2D"].ceiling_share) == (4.0, 8.0, 0.5)
+    assert (found["kernel"].rate, found["kernel"].ceiling) == (1.0, None), "one of them has none"
+    assert found["D2H"].ceiling_share is None, "it did nothing"
+    assert stage_stats(recorders, 2.0)["H2D"].ceiling is None
+
+
+@pytest.mark.parametrize(
+    ("busy", "runs_as", "said"),
+    [
+        ({"H2D": 0.99}, "tf32", "bfloat16 or float16"),
+        ({"D2H": 0.99}, "bfloat16", "the bus is used up: another GPU"),
+        ({"kernel": 0.99, "H2D": 0.2}, "ieee", "precision='tf32'"),
+        ({"kernel": 0.99}, "bfloat16", "arithmetic is used up: another GPU"),
+        ({"fill": 0.99}, "tf32", "reading the source"),
+        ({"drain": 0.99}, "tf32", "storing the result"),
+        ({"H2D": 0.3, "kernel": 0.2}, "tf32", "no stage is busy most of the time (H2D is for 30%)"),
+        ({}, "tf32", ""),
+    ],
+)
+def test_advice_goes_by_the_bound(busy: dict[str, float], runs_as: str, said: str) -> None:
+    text = advice(stages(**busy), runs_as, on_cpu=False)
+    assert said in text and "\n" not in text
+    assert bool(text) == (bound(stages(**busy)) != "none")
+
+
+def test_advice_tells_a_busy_bus_from_a_used_up_one() -> None:
+    slow = {**stages(), "H2D": StageStats(1, 0, 0.0, 0.98, ceiling_share=0.5)}
+    assert "only 50% of what it can" in advice(slow, "tf32", on_cpu=False)
+    assert "a GPU" in advice(stages(kernel=0.99), "ieee", on_cpu=True)
+
+
+def test_ceiling_in_rows_is_that_of_the_slowest_part() -> None:
+    devices = {"a": Ceilings(4.0, 8.0), "b": Ceilings(4.0, 8.0, kernel_tflops=1e-3)}
+    assert ceiling_rows_per_s(devices, ["a"], 4, 4, 10) == 1e9
+    assert ceiling_rows_per_s(devices, ["a", "b"], 4, 4, 10) == 1.1e9
+    assert ceiling_rows_per_s(devices, ["a", "c"], 4, 4, 10) is None
+    assert ceiling_rows_per_s({"a": Ceilings()}, ["a"], 4, 4, 10) is None
+
+
+def test_run_reports_ceilings_progress_and_everything_as_json() -> None:
+    seen: list[Progress] = []
+    with Pipeline(random_layer(24, 16), devices="cpu", chunk_rows=64) as pipeline:
+        pipeline.run(random_rows(300, 24), progress=seen.append)
+        assert {progress.ceiling_rows_per_s for progress in seen} == {None}
+        pipeline.ceilings["cpu"] = Ceilings(1.0, 1.0, origin="made up for this test")
+        stats = pipeline.run(random_rows(300, 24), progress=seen.append).stats
+    assert seen[-1].ceiling_rows_per_s == 1e9 / (24 * 4)
+    printed = json.loads(json.dumps(stats.as_dict()))
+    assert printed["ceilings"]["cpu"]["origin"] == "made up for this test"
+    for name in ("H2D", "D2H"):
+        stage = printed["stages"][name]
+        assert stage["ceiling"] == 1.0 and stage["ceiling_share"] == pytest.approx(stage["rate"])
+        assert stage["waiting_s"] >= 0 and set(stage["waiting_for"]) <= {"fill", "bus", "kernel", "drain", "host"}
+    text = str(stats)
+    for expected in ("waits for", "ceiling", "bound by", f"to go faster: {stats.advice}"):
+        assert expected in text
