@@ -15,16 +15,28 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray
-from pipeline.config import DEFAULT_STREAMS, FLOAT64, GIB, DType, auto_chunk_rows, copy_workers, parse_dtype
+from pipeline.config import (
+    BFLOAT16,
+    DEFAULT_STREAMS,
+    FLOAT16,
+    FLOAT32,
+    FLOAT64,
+    GIB,
+    DType,
+    Staging,
+    auto_chunk_rows,
+    parse_dtype,
+)
 from pipeline.devices.base import Device, Workers, find_devices, open_device
 from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError
 from pipeline.executor import Executor
 from pipeline.instrument import KEPT, KEPT_FOR_TRACE, RUN, Ceilings, Ranges, Recorder
 from pipeline.io.batches import BatchSink, BatchSource
-from pipeline.io.rows import Chunk, Sink, Source
+from pipeline.io.jobs import Cast, CopyJob
+from pipeline.io.native import open_workers
+from pipeline.io.rows import Chunk, Gather, Sink, Source
 from pipeline.io.sinks import open_sink, wrapper
 from pipeline.io.sources import CudaSource, open_source
-from pipeline.io.staging import ThreadWorkers
 from pipeline.layer import FusedLinear
 from pipeline.report import Stats, advice, bound, ceiling_rows_per_s, mean_share, stage_stats
 from pipeline.timeline import Timeline, device_use, from_recorders
@@ -79,6 +91,10 @@ class Pipeline:
         num_streams: chunks in flight on a device, each on its own stream, or "auto" (6).
         devices: None (every visible GPU, or the CPU where there is none), a name ("cpu", "cuda", "cuda:1", "sim") or
             a list of names that share the work.
+        wire_dtype: "bf16" or "fp16": float32 rows are rounded to this type while they are staged, so that half the
+            bytes cross the bus; weights are rounded too, the layer computes in this type, and results come back in
+            it. Their element type stays the source's unless `out_dtype` says otherwise. In fp16, what is beyond
+            65,504 becomes infinite.
         out_dtype: element type of results: "float32", "bfloat16", "float16", on the CPU "float64"; None keeps the
             source's. The rounding happens once, in the kernel.
 
@@ -97,6 +113,7 @@ class Pipeline:
         chunk_rows: int | str = "auto",
         num_streams: int | str = "auto",
         devices: str | list[str] | tuple[str, ...] | None = None,
+        wire_dtype: Any = None,
         out_dtype: Any = None,
     ) -> None:
         if not isinstance(layer, FusedLinear):
@@ -104,9 +121,10 @@ class Pipeline:
                 f"layer is a {type(layer).__name__}, expected a FusedLinear; FusedLinear.from_linear helps"
             )
         self.layer = layer
-        self.out_dtype: DType | None = None if out_dtype is None else parse_dtype(out_dtype, "out_dtype")
+        self.out_dtype: DType = layer.dtype if out_dtype is None else parse_dtype(out_dtype, "out_dtype")
+        self.wire_in, self.wire_out = _wire_dtypes(layer, wire_dtype, self.out_dtype)
         self.chunk_rows = _whole_number(chunk_rows, "chunk_rows") or _auto_chunk_rows(
-            layer, self.out_dtype or layer.dtype
+            layer, self.wire_in, self.wire_out
         )
         self.num_streams = _whole_number(num_streams, "num_streams") or DEFAULT_STREAMS
         self.device_names = find_devices(devices)
@@ -115,6 +133,9 @@ class Pipeline:
                 raise DTypeError("float64 is computed on the CPU only; pass devices='cpu', or convert to float32")
         self.ceilings: dict[str, Ceilings] = {}  # of the devices that have measured ones; reports compare with them
         self._lanes: list[_Lane] = []
+        self._workers: Workers | None = None  # of all devices without workers of their own
+        self._wire_layer: FusedLinear | None = None
+        self.staging = Staging.chosen()
         self._gather: list[HostArray] = []  # pinned chunk buffers for iterables, kept between runs
         self._busy = threading.Lock()
         self._end_stream: Callable[[], None] | None = None
@@ -127,16 +148,21 @@ class Pipeline:
             raise
 
     def _open(self, device: Device) -> _Lane:
-        layer, dtype = self.layer, self.out_dtype or self.layer.dtype
         try:
+            workers = device.workers()
+            if workers is None:
+                self._workers = self._workers or open_workers(self.staging.workers)
+                workers = self._workers
+            if self._wire_layer is None:
+                self._wire_layer = _layer_on_the_wire(self.layer, self.wire_in, workers)
+            layer, dtype = self._wire_layer, self.wire_out
             device.prepare(layer, dtype, self.chunk_rows)
             _check_memory(device, layer, dtype, self.chunk_rows, self.num_streams)
             device.allocate(self.chunk_rows, self.num_streams)
             measured = device.ceilings()
             if measured is not None:
                 self.ceilings[device.name] = measured
-            workers = device.workers() or ThreadWorkers(copy_workers())
-            return _Lane(device, Executor(device, workers, layer, dtype, self.num_streams), workers)
+            return _Lane(device, Executor(device, workers, layer, dtype, self.num_streams, self.staging), workers)
         except BaseException:
             device.close()
             raise
@@ -161,7 +187,9 @@ class Pipeline:
         for lane in self._lanes:
             lane.workers.close()
             lane.device.close()
-        self._lanes = []
+        if self._workers is not None:
+            self._workers.close()
+        self._lanes, self._workers = [], None
         self._gather = []
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -202,7 +230,7 @@ class Pipeline:
                 check_trace(trace)
             opened = open_source(source, self.layer)
             try:
-                sink = open_sink(out, opened, self.layer, self.out_dtype, overwrite)
+                sink = open_sink(out, opened, self.layer, self.out_dtype, self.wire_out, overwrite)
                 try:
                     keep = KEPT if trace is None else KEPT_FOR_TRACE
                     rows, seconds, timeline, recorders = self._run(opened, sink, progress, threading.Event(), keep)
@@ -228,12 +256,12 @@ class Pipeline:
             InputError: a batch doesn't fit the layer. Exception: what the iterable raised.
         """
         with self._exclusive():
-            sink = BatchSink(self.layer.out_features, self.out_dtype or self.layer.dtype, 2 * self.num_streams)
+            sink = BatchSink(self.layer.out_features, self.out_dtype, self.wire_out, 2 * self.num_streams)
             source = open_source(batches, self.layer, sink.new_batch)
             if not isinstance(source, BatchSource):
                 source.close()
                 raise OptionError(f"stream() takes an iterable of batches, got one {source.kind}; use run() for it")
-            wrap = wrapper(source, self.out_dtype or self.layer.dtype)
+            wrap = wrapper(source, self.out_dtype)
             stopping = threading.Event()
 
             def run() -> None:
@@ -271,6 +299,8 @@ class Pipeline:
         """The devices that take part: a CUDA tensor is computed where it is."""
         if not isinstance(source, CudaSource):
             return self._lanes
+        if self.wire_in is not self.layer.dtype:
+            raise OptionError("wire_dtype is for rows that cross the bus, the source is a CUDA tensor; leave it out")
         device = f"cuda:{source.tensor.device.index}"
         lanes = [lane for lane in self._lanes if lane.device.name == device]
         if not lanes:
@@ -295,7 +325,8 @@ class Pipeline:
         done = _Count(source.rows, progress, self._ceiling_rows_per_s(lanes))
         ranges, number = Ranges(), next(_run_numbers)
         start = lanes[0].device.now()
-        feed = source.feed(self.chunk_rows, self._gather_buffers(), self.num_streams * len(lanes) + 1)
+        gather = Gather(self._gather_buffers(), self.num_streams * len(lanes) + 1, lanes[0].workers.run)
+        feed = source.feed(self.chunk_rows, gather, self.wire_in)
         errors: list[BaseException] = []
 
         def run(lane: _Lane, recorder: Recorder) -> None:
@@ -355,7 +386,7 @@ class Pipeline:
         return take
 
     def _stats(self, source: Source, rows: int, seconds: float, timeline: Timeline, recorders: list[Recorder]) -> Stats:
-        layer, out_dtype = self.layer, self.out_dtype or self.layer.dtype
+        layer, out_dtype = self.layer, self.out_dtype
         flop = 2 * rows * layer.in_features * layer.out_features
         uses = [device_use(operations) for operations in timeline.devices.values()]
         stages = stage_stats(recorders, seconds, uses, self.ceilings, flop)
@@ -382,6 +413,7 @@ class Pipeline:
             kernel=lanes[0].device.kernel,
             precision=layer.precision,
             runs_as=lanes[0].device.runs_as,
+            wire=self.wire_in.name,
             chunk_rows=self.chunk_rows,
             num_streams=self.num_streams,
             chunks=stages["kernel"].count,
@@ -399,6 +431,7 @@ def run_pipelined(
     chunk_rows: int | str = "auto",
     num_streams: int | str = "auto",
     devices: str | list[str] | tuple[str, ...] | None = None,
+    wire_dtype: Any = None,
     out_dtype: Any = None,
     overwrite: bool = False,
     progress: Callable[[Progress], None] | None = None,
@@ -406,7 +439,12 @@ def run_pipelined(
 ) -> Result:
     """Stream one dataset through the layer: `Pipeline(...)`.run(...) in one call. See both for the arguments."""
     with Pipeline(
-        layer, chunk_rows=chunk_rows, num_streams=num_streams, devices=devices, out_dtype=out_dtype
+        layer,
+        chunk_rows=chunk_rows,
+        num_streams=num_streams,
+        devices=devices,
+        wire_dtype=wire_dtype,
+        out_dtype=out_dtype,
     ) as pipeline:
         return pipeline.run(source, out, overwrite=overwrite, progress=progress, trace=trace)
 
@@ -457,9 +495,41 @@ def _whole_number(value: int | str, name: str) -> int | None:
     return int(value)
 
 
-def _auto_chunk_rows(layer: FusedLinear, out_dtype: DType) -> int:
+def _wire_dtypes(layer: FusedLinear, wire_dtype: Any, out_dtype: DType) -> tuple[DType, DType]:
+    """The element types in which rows cross the bus, in and out.
+
+    Raises:
+        DTypeError, OptionError: a wire_dtype that rows can't be rounded to while they are staged.
+    """
+    wire = layer.dtype if wire_dtype is None else parse_dtype(wire_dtype, "wire_dtype")
+    if wire is layer.dtype:
+        return wire, out_dtype
+    if layer.dtype is not FLOAT32 or wire not in (BFLOAT16, FLOAT16):
+        raise OptionError(
+            f"wire_dtype is {wire} for a layer of {layer.dtype}, expected 'bf16' or 'fp16' for a layer of float32; "
+            f"leave it out, or convert the data"
+        )
+    if out_dtype is FLOAT64:
+        raise OptionError(f"wire_dtype is {wire} and out_dtype float64: results of {wire} have no use for it")
+    return wire, out_dtype if out_dtype.itemsize == wire.itemsize else wire
+
+
+def _layer_on_the_wire(layer: FusedLinear, wire: DType, workers: Workers) -> FusedLinear:
+    """The layer with its weights in the wire's element type."""
+    if wire is layer.dtype:
+        return layer
+
+    def narrow(array: HostArray) -> HostArray:
+        rounded = np.empty(array.shape, wire.carrier)
+        workers.run(CopyJob(rounded, array, Cast(layer.dtype, wire)))
+        return rounded
+
+    return layer.rounded_to(wire, narrow)
+
+
+def _auto_chunk_rows(layer: FusedLinear, wire_in: DType, wire_out: DType) -> int:
     """Rows of a chunk of about 32 MiB on its wider side."""
-    return auto_chunk_rows(max(layer.in_features * layer.dtype.itemsize, layer.out_features * out_dtype.itemsize))
+    return auto_chunk_rows(max(layer.in_features * wire_in.itemsize, layer.out_features * wire_out.itemsize))
 
 
 def _check_memory(device: Device, layer: FusedLinear, out_dtype: DType, chunk_rows: int, num_streams: int) -> None:

@@ -91,6 +91,14 @@ def widen_bfloat16(carrier: HostArray) -> HostArray:
     return np.asarray((carrier.astype(np.uint32) << 16).view(np.float32))
 
 
+def narrow_bfloat16(array: HostArray) -> HostArray:
+    """float32 rounded to nearest even, as bfloat16 in its carrier type; NaN stays NaN."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+    quiet = (bits >> 16) | 0x40
+    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, rounded).astype(np.uint16)
+
+
 def empty_like(x: Any, shape: tuple[int, int]) -> Any:
     if is_torch(x):
         import torch

@@ -412,15 +412,16 @@ def _collect_info() -> dict[str, Any]:
     cpu = open_device("cpu")
     devices["cpu"] = {"name": cpu.description, "kernels": {"all": f"torch {torch.__version__} and NumPy"}}
     cpu.close()
+    staging = config.Staging.chosen()
     sizes = [path.stat().st_size for path in (config.cache_dir() / "kernels").rglob("*") if path.is_file()]
     return {
         "versions": versions,
         "devices": devices,
         "cache": {"path": str(config.cache_dir()), "kernels": len(sizes), "bytes": sum(sizes)},
         "host": {
-            "copy_workers": config.copy_workers(),
-            "piece_bytes": config.piece_bytes(),
-            "ring_pieces": config.ring_pieces(),
+            "copy_workers": staging.workers,
+            "piece_bytes": staging.piece_bytes,
+            "ring_pieces": staging.ring_pieces,
         },
     }
 

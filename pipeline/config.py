@@ -118,20 +118,41 @@ def cache_dir() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "pipeline"
 
 
-def copy_workers() -> int:
-    """Threads that fill and drain pinned pieces: PIPELINE_COPY_WORKERS, else one fewer than the cores, 1 to 16."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return _environment_int("PIPELINE_COPY_WORKERS", min(16, max(1, cores - 1)))
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def piece_bytes() -> int:
-    """Bytes of one pinned piece: PIPELINE_PIECE_BYTES, else 8 MiB (small enough for the ring to stay in cache)."""
-    return _environment_int("PIPELINE_PIECE_BYTES", 8 * MIB)
+@dataclass(frozen=True)
+class Staging:
+    """How rows are staged between the caller's memory and a device: the pinned ring and the copy workers."""
+
+    piece_bytes: int  # of one pinned piece, on the wire
+    ring_pieces: int  # in each direction
+    workers: int  # threads that fill and drain pieces
+    touch_ahead: bool  # map the pages of new results ahead of the drains
+
+    @classmethod
+    def chosen(
+        cls, piece_bytes: int | None = None, ring_pieces: int | None = None, workers: int | None = None
+    ) -> Staging:
+        """What the environment says (PIPELINE_PIECE_BYTES, PIPELINE_RING_PIECES, PIPELINE_COPY_WORKERS,
+        PIPELINE_TOUCH_AHEAD), else the arguments, else what suits most machines.
+
+        8 MiB and 6 pieces: a ring that stays in the last-level cache. Workers: all cores but two, one for the loop
+        and one for everybody else; at least 1, at most 16.
+        """
+        return cls(
+            _environment_int("PIPELINE_PIECE_BYTES", piece_bytes or 8 * MIB),
+            _environment_int("PIPELINE_RING_PIECES", ring_pieces or 6),
+            _environment_int("PIPELINE_COPY_WORKERS", workers or min(16, max(1, cores() - 2))),
+            os.environ.get("PIPELINE_TOUCH_AHEAD") != "0",
+        )
 
 
-def ring_pieces() -> int:
-    """Pinned pieces in each direction: PIPELINE_RING_PIECES, else 6."""
-    return _environment_int("PIPELINE_RING_PIECES", 6)
+def native_copy() -> bool:
+    """Whether the copy workers written in C may be used: PIPELINE_NATIVE_COPY isn't 0."""
+    return os.environ.get("PIPELINE_NATIVE_COPY") != "0"
 
 
 def auto_chunk_rows(row_bytes: int) -> int:

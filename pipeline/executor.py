@@ -19,12 +19,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.arrays import HostArray
-from pipeline.config import DType, piece_bytes, ring_pieces
+from pipeline.config import DType, Staging
 from pipeline.devices.base import Device, DeviceRows, Operation, Workers
 from pipeline.errors import DeviceError
 from pipeline.instrument import Ranges, Recorder
+from pipeline.io.jobs import Job
 from pipeline.io.rows import Chunk, Feed, Sink, SourceRows, TargetRows
 from pipeline.io.staging import Ring
 from pipeline.layer import FusedLinear
@@ -58,6 +60,7 @@ class _Step:
     first: int
     rows: int
     piece: int | None = None
+    range: Any = None  # of a profiler, for work that other threads do
 
 
 Lane = deque[_Step]
@@ -67,12 +70,19 @@ class Executor:
     """Runs chunks through one prepared and allocated device. Used again for any number of runs, one at a time."""
 
     def __init__(
-        self, device: Device, workers: Workers, layer: FusedLinear, out_dtype: DType, num_streams: int
+        self,
+        device: Device,
+        workers: Workers,
+        layer: FusedLinear,
+        out_dtype: DType,
+        num_streams: int,
+        staging: Staging | None = None,
     ) -> None:
-        self.device, self.workers = device, workers
+        """`layer` and `out_dtype` are what crosses the bus: the prepared device's. `staging` None means the default."""
+        self.device, self.workers, self.staging = device, workers, staging or Staging.chosen()
         self._in_row_bytes = layer.in_features * layer.dtype.itemsize
         self._out_row_bytes = layer.out_features * out_dtype.itemsize
-        size, pieces = piece_bytes(), ring_pieces()
+        size, pieces = self.staging.piece_bytes, self.staging.ring_pieces
         self.ring_in = Ring(device.pinned, pieces, size, layer.in_features, layer.dtype, poison=device.poison)
         self.ring_out = Ring(device.pinned, pieces, size, layer.out_features, out_dtype, poison=device.poison)
         self._num_streams = num_streams
@@ -102,10 +112,11 @@ class Executor:
         self._admitted = 0
         self._filling, self._uploading, self._running = Lane(), Lane(), Lane()
         self._downloading, self._draining = Lane(), Lane()
+        self._touching: deque[Operation] = deque()
         self._free_slots = deque(range(self._num_streams))
         self._unfinished = True
         try:
-            while self._flights or not self._intake_over():
+            while self._flights or self._touching or not self._intake_over():
                 if not self._step():
                     self.device.idle()
             self._unfinished = False
@@ -124,6 +135,7 @@ class Executor:
     def _step(self) -> bool:
         """Move everything that can move, the last lane first so that buffers come free. False if nothing moved."""
         moved = self._finish_drains()
+        moved |= self._finish_touches()
         moved |= self._finish_downloads()
         moved |= self._finish_kernels()
         moved |= self._finish_uploads()
@@ -159,8 +171,11 @@ class Executor:
         elif flight.source.array is not None and self.device.in_place(flight.source.array):
             flight.fill_started = chunk.rows
             self._upload(flight, 0, chunk.rows, None)
-        if not isinstance(target, DeviceRows) and target.array is not None and self.device.in_place(target.array):
-            flight.in_place_target = target.array
+        if not isinstance(target, DeviceRows):
+            if target.array is not None and self.device.in_place(target.array):
+                flight.in_place_target = target.array
+            elif target.touch is not None and self.staging.touch_ahead:
+                self._touching.append(self.workers.submit(target.touch))
         return True
 
     def _start_fills(self) -> bool:
@@ -174,8 +189,7 @@ class Executor:
                 first = flight.fill_started
                 rows = min(ring.piece_rows, flight.chunk.rows - first)
                 piece = ring.take()
-                job = self._submit("fill", flight, source.read, first, ring.rows(piece, rows))
-                self._queue(self._filling, flight, job, first, rows, piece)
+                self._submit("fill", flight, source.fill(first, ring.rows(piece, rows)), first, rows, piece)
                 flight.fill_started += rows
                 moved = True
             if not ring.available:
@@ -273,9 +287,8 @@ class Executor:
                 self._give_back(self.ring_out, step)
             else:
                 assert not isinstance(target, DeviceRows)
-                rows = self.ring_out.rows(step.piece, step.rows)
-                job = self._submit("drain", flight, target.write, step.first, rows)
-                self._queue(self._draining, flight, job, step.first, step.rows, step.piece)
+                job = target.drain(step.first, self.ring_out.rows(step.piece, step.rows))
+                self._submit("drain", flight, job, step.first, step.rows, step.piece)
         return moved
 
     def _finish_drains(self) -> bool:
@@ -285,6 +298,18 @@ class Executor:
             self._give_back(self.ring_out, step)
             self._land(step)
         return moved
+
+    def _finish_touches(self) -> bool:
+        """Look at the oldest job that maps a fresh result's pages. The drains don't wait for it."""
+        if not self._touching:
+            return False
+        try:
+            if not self._touching[0].done():
+                return False
+        except Exception as error:
+            self._fail(error, "drain", None)
+        self._touching.popleft()
+        return True
 
     def _land(self, step: _Step) -> None:
         """Count rows that have reached the sink; with the last ones, commit the chunk."""
@@ -299,17 +324,12 @@ class Executor:
 
     # -- lanes, pieces and slots -------------------------------------------------------------------------------------
 
-    def _submit(
-        self, stage: str, flight: _Flight, copy: Callable[[int, HostArray], None], first: int, rows: HostArray
-    ) -> Operation:
-        """Give a fill or a drain to the copy workers."""
-        ranges, index = self._ranges, flight.chunk.index
-
-        def work() -> None:
-            with ranges(stage, index):
-                copy(first, rows)
-
-        return self.workers.submit(work)
+    def _submit(self, stage: str, flight: _Flight, job: Job, first: int, rows: int, piece: int) -> None:
+        """Give a fill or a drain to the copy workers. Its range ends when the loop sees that it is done."""
+        lane = self._filling if stage == "fill" else self._draining
+        begun = self._ranges.begin(stage, flight.chunk.index)
+        self._queue(lane, flight, self.workers.submit(job), first, rows, piece)
+        lane[-1].range = begun
 
     @contextmanager
     def _calling(self, stage: str, chunk: Chunk) -> Iterator[None]:
@@ -342,6 +362,8 @@ class Executor:
                 self._fail(error, stage, step.flight)
             except Exception as error:
                 self._fail(error, stage, step.flight)
+            if step.range is not None:
+                self._ranges.end(step.range)
             lane.popleft()
             step.flight.pending -= 1
             yield step
@@ -380,6 +402,11 @@ class Executor:
         for lane in (self._filling, self._draining):
             for step in lane:
                 _wait(step.operation, self.device)
+                if step.range is not None:
+                    self._ranges.end(step.range)
+        for operation in self._touching:
+            _wait(operation, self.device)
+        self._touching.clear()
         self.ring_in.give_back_all()
         self.ring_out.give_back_all()
         for queue in (self._flights, self._filling, self._uploading, self._running, self._downloading, self._draining):

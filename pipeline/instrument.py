@@ -31,10 +31,18 @@ class Ranges:
     def __call__(self, stage: str, chunk: int) -> _Range | _NoRange:
         if not self.active:
             return _NO_RANGE
-        return _Range(
-            self._domain,
-            self._domain.get_event_attributes(message=stage, color=_COLORS[stage], category=stage, payload=chunk),
-        )
+        return _Range(self._domain, self._attributes(stage, chunk))
+
+    def begin(self, stage: str, chunk: int) -> Any:
+        """Start a range that may end elsewhere, for work that other threads do: `end` takes what this gives back."""
+        return self._domain.start_range(self._attributes(stage, chunk)) if self.active else None
+
+    def end(self, begun: Any) -> None:
+        if self.active:
+            self._domain.end_range(begun)
+
+    def _attributes(self, stage: str, chunk: int) -> Any:
+        return self._domain.get_event_attributes(message=stage, color=_COLORS[stage], category=stage, payload=chunk)
 
 
 class _Range:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,6 +106,14 @@ class FusedLinear:
         """
         weight, bias = _read_safetensors(path)
         return cls(weight, bias, scaling_factor, precision=precision)
+
+    def rounded_to(self, dtype: DType, narrow: Callable[[HostArray], HostArray]) -> FusedLinear:
+        """The same layer with weight and bias in another element type; `narrow` rounds an array to its carrier."""
+        other = copy.copy(self)
+        other.weight = narrow(self.weight)
+        other.bias = None if self.bias is None else narrow(self.bias[None])[0]
+        other.dtype, other.precision = dtype, parse_precision(None, dtype)
+        return other
 
     def reference(self, x: Any) -> npt.NDArray[np.float64]:
         """The layer of x (rows, in_features) in float64 NumPy: the one definition of right."""

@@ -55,6 +55,7 @@ class Stats:
     kernel: str
     precision: str  # that was asked for
     runs_as: str  # that ran
+    wire: str  # the element type that crossed the bus on the way in
     chunk_rows: int
     num_streams: int
     chunks: int

@@ -1,4 +1,4 @@
-"""Checks an installed wheel: the CUDA sources are inside it, a kernel compiles, a job runs and is right."""
+"""Checks an installed wheel: the CUDA sources and the copy workers are inside it, a kernel compiles, a job is right."""
 
 from __future__ import annotations
 
@@ -30,6 +30,15 @@ def check_compile() -> str:
     return f"{variant.description} compiles: {len(compiled.cubin)} bytes, {compiled.report.registers} registers"
 
 
+def check_native() -> str:
+    """The wheel carries the copy workers, so that installing it needs no compiler."""
+    from pipeline.io.native import NativeWorkers
+
+    workers = NativeWorkers(2)
+    workers.close()
+    return workers.description
+
+
 def check_job() -> str:
     random = np.random.default_rng()
     weight, bias = random.standard_normal((96, 64), np.float32), random.standard_normal(96, np.float32)
@@ -52,5 +61,5 @@ def check_plan() -> str:
 
 
 if __name__ == "__main__":
-    for check in (check_sources, check_compile, check_job, check_plan):
+    for check in (check_sources, check_compile, check_native, check_job, check_plan):
         print(f"wheel: {check()}")

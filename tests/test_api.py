@@ -88,7 +88,7 @@ def test_pipeline_auto_chunk_is_about_32_mib_of_the_wider_side(in_features: int,
     from pipeline.api import _auto_chunk_rows
 
     layer = FusedLinear(np.broadcast_to(np.float32(0), (out_features, in_features)))
-    rows = _auto_chunk_rows(layer, layer.dtype)
+    rows = _auto_chunk_rows(layer, layer.dtype, layer.dtype)
     assert rows % 128 == 0 and 128 <= rows <= 65_536
     assert rows == 128 or rows * 4 * max(in_features, out_features) <= 32 * 2**20
 

@@ -290,10 +290,10 @@ def test_run_after_an_error_works(job: Job, capsys: pytest.CaptureFixture[str]) 
 def test_run_folds_notes_into_the_line(
     job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail() -> None:
         raise OSError(28, "No space left on device", "y.npy")
 
-    monkeypatch.setattr("pipeline.io.npy.FileTarget.write", fail)
+    monkeypatch.setattr("pipeline.io.npy.FileTarget.drain", lambda *_: fail)
     before = job.files()
     assert cli.main(job.args("--chunk-rows", "100")) == 1
     line = error_line(capsys)
@@ -460,12 +460,12 @@ def test_demo_fails_when_one_chunk_is_wrong(
 ) -> None:
     from pipeline.io.npy import FileTarget
 
-    def write(self: FileTarget, first: int, rows: Any) -> None:
+    def drain(self: FileTarget, first: int, piece: Any) -> Any:
         chunk = (self._offset - 128) // (self._row_bytes * 25)
-        original(self, first, rows + np.float32(wrong) if chunk == 5 else rows)
+        return original(self, first, piece + np.float32(wrong) if chunk == 5 else piece)
 
-    original = FileTarget.write
-    monkeypatch.setattr(FileTarget, "write", write)
+    original = FileTarget.drain
+    monkeypatch.setattr(FileTarget, "drain", drain)
     assert cli.main(["demo", "--rows", "200", "--in-features", "48", "--devices", "cpu", "--json"]) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out)["check"]["passed"] is False and "NaN" not in captured.out

@@ -39,13 +39,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import pipeline.executor as executor_module
 from pipeline import FusedLinear, Pipeline
-from pipeline.arrays import HostArray
+from pipeline.arrays import HostArray, host_tensor
+from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, DType
 from pipeline.devices.base import Device, DeviceRows, Operation
 from pipeline.devices.sim import Hardware, SimDevice
 from pipeline.errors import DeviceError, DriverError
 from pipeline.executor import Executor
 from pipeline.instrument import STAGES, Recorder
-from pipeline.io.rows import ArrayRows, ArrayTarget, Chunk, Feed, RangeFeed, Sink
+from pipeline.io.jobs import Cast, Job, cast_between, convert
+from pipeline.io.rows import ArrayRows, ArrayTarget, Chunk, Feed, Gather, RangeFeed, Sink
 from pipeline.io.sinks import ArraySink
 from pipeline.io.sources import ArraySource
 
@@ -81,6 +83,20 @@ def layer_of(in_features: int, out_features: int) -> FusedLinear:
     return random_layer(in_features, out_features)
 
 
+def rounded(array: HostArray, dtype: DType) -> HostArray:
+    out = np.empty(array.shape, dtype.carrier)
+    convert(out, array, Cast(FLOAT32, dtype))
+    return out
+
+
+def expected_rows(layer: FusedLinear, x: HostArray) -> HostArray:
+    """The layer of x, rounded to the layer's type first and widened again afterwards."""
+    if layer.dtype is FLOAT32:
+        return np.asarray(layer(x))
+    y = layer(host_tensor(rounded(x, layer.dtype), layer.dtype))
+    return np.asarray(y.float().numpy())
+
+
 @dataclass
 class Case:
     """One schedule, drawn from its seed."""
@@ -101,7 +117,11 @@ class Case:
         self.piece_bytes = choose.choice([1, row_bytes, 3 * row_bytes, 7 * row_bytes, 40 * row_bytes])
         self.ring_pieces = choose.randint(1, 6)
         self.source = self.source or choose.choice(["pageable", "pageable", "pinned", "gather", "iterable"])
-        self.sink = self.sink or choose.choice(["pageable", "pageable", "pinned", "strided"])
+        self.sink = self.sink or choose.choice(["pageable", "pageable", "pinned", "strided", "fresh"])
+        # Rows are cast while they are staged; a source that gathers hands out rows of the wire's type already.
+        self.wire = choose.choice([FLOAT32, FLOAT32, FLOAT32, BFLOAT16, FLOAT16])
+        if self.source == "gather":
+            self.wire = FLOAT32
         slow, fast = 10 ** choose.uniform(4, 6), 1e12
         bound = choose.choice(["H2D", "D2H", "kernel", "workers", "latency", "nothing"])
         self.hardware = Hardware(
@@ -155,8 +175,8 @@ class GatherFeed(Feed):
 class CheckingSink(ArraySink):
     """Compares a chunk's rows with the expected ones when they are committed: later would hide an early commit."""
 
-    def __init__(self, out: HostArray, expected: HostArray) -> None:
-        super().__init__(out, out)
+    def __init__(self, out: HostArray, expected: HostArray, cast: Cast | None = None, *, fresh: bool = False) -> None:
+        super().__init__(out, out, cast, fresh=fresh)
         self._expected = expected
         self.committed: list[tuple[int, int]] = []
 
@@ -183,13 +203,15 @@ class Schedule:
         case, layer = self.case, self.case.layer
         small_rings(self.monkeypatch, case.piece_bytes, case.ring_pieces)
         self.device = self.kind(case.hardware, seed=case.seed)
-        self.device.prepare(layer, layer.dtype, case.chunk_rows)
+        wire = case.wire
+        on_wire = layer if wire is FLOAT32 else layer.rounded_to(wire, lambda a: rounded(a, wire))
+        self.device.prepare(on_wire, wire, case.chunk_rows)
         self.device.allocate(case.chunk_rows, case.num_streams)
         workers = self.device.workers()
         assert workers is not None
-        self.executor = Executor(self.device, workers, layer, layer.dtype, case.num_streams)
+        self.executor = Executor(self.device, workers, on_wire, wire, case.num_streams)
         self.x = random_rows(case.rows, layer.in_features, seed=case.seed)
-        self.expected: HostArray = layer(self.x) if case.rows else poisoned((0, layer.out_features))
+        self.expected: HostArray = expected_rows(on_wire, self.x) if case.rows else poisoned((0, layer.out_features))
         guarded = poisoned((case.rows + 2, layer.out_features))
         self.guards = [guarded[0], guarded[-1]]
         out = guarded[1:-1]
@@ -198,7 +220,7 @@ class Schedule:
         elif case.sink == "strided":
             out = poisoned((case.rows, 2 * layer.out_features))[:, ::2]
         self.out = out
-        self.sink = CheckingSink(out, self.expected)
+        self.sink = CheckingSink(out, self.expected, cast_between(wire, FLOAT32), fresh=case.sink == "fresh")
         self.recorder = Recorder("sim")
         if case.source == "gather":
             self.feed = GatherFeed(case, self.device, self.x)
@@ -207,13 +229,16 @@ class Schedule:
             self.feed = self.batch_feed([*sizes, case.chunk_rows + 1])
         else:
             x = self.device.pin(self.x) if case.source == "pinned" else self.x
-            self.feed = ArraySource(x, "NumPy array").feed(case.chunk_rows, self.device.pinned, 0)
+            self.feed = ArraySource(x, "NumPy array").feed(case.chunk_rows, self.gather(), case.wire)
 
     def batch_feed(self, sizes: list[int]) -> Feed:
         from pipeline.io.batches import BatchSource
 
         source = BatchSource(batches_of(self.x, sizes), self.case.layer, None)
-        return source.feed(self.case.chunk_rows, self.device.pinned, self.case.num_streams + 1)
+        return source.feed(self.case.chunk_rows, self.gather(), self.case.wire)
+
+    def gather(self) -> Gather:
+        return Gather(self.device.pinned, self.case.num_streams + 1, lambda job: job())
 
     def run(self) -> None:
         real_time = self.case.source == "iterable"
@@ -238,11 +263,13 @@ class Schedule:
             edge = row + rows
         assert edge == case.rows
         totals = self.recorder.totals
-        assert totals["H2D"].bytes == self.x.nbytes
-        assert totals["D2H"].bytes == self.expected.nbytes
+        out_bytes = self.expected.size * case.wire.itemsize
+        in_place = case.wire is FLOAT32
+        assert totals["H2D"].bytes == self.x.size * case.wire.itemsize
+        assert totals["D2H"].bytes == out_bytes
         assert totals["kernel"].count == len(self.sink.committed)
-        assert totals["drain"].bytes == (0 if case.sink == "pinned" else self.expected.nbytes)
-        if case.source == "pinned":
+        assert totals["drain"].bytes == (0 if case.sink == "pinned" and in_place else out_bytes)
+        if case.source == "pinned" and in_place:
             assert totals["fill"].count == 0
         for stage in STAGES:
             if stage in ("H2D", "kernel", "D2H"):
@@ -312,6 +339,7 @@ class DeviceSink(CheckingSink):
 def test_executor_uses_rows_in_device_memory_without_copies(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(100):
         case = Case(seed, source="pageable", sink="pageable")
+        case.wire = FLOAT32
         schedule = Schedule(case, monkeypatch, DeviceMemorySim)
         if side != "target":
             x = poisoned((case.rows, case.layer.in_features + 3))[:, 1:-2]
@@ -371,13 +399,16 @@ def eager_jobs(stage: str) -> Plant:
     """The copy workers' jobs of one stage say at once that they are done."""
 
     def plant(monkeypatch: pytest.MonkeyPatch, schedule: Schedule) -> None:
-        submit = schedule.executor._submit
+        executor = schedule.executor
+        submit = executor._submit
 
-        def wrong(name: str, *arguments: Any) -> Operation:
-            job = submit(name, *arguments)
-            return Eager(job) if name == stage else job
+        def wrong(name: str, *arguments: Any) -> None:
+            submit(name, *arguments)
+            if name == stage:
+                step = (executor._filling if name == "fill" else executor._draining)[-1]
+                step.operation = Eager(step.operation)
 
-        monkeypatch.setattr(schedule.executor, "_submit", wrong)
+        monkeypatch.setattr(executor, "_submit", wrong)
 
     return plant
 
@@ -586,6 +617,7 @@ FAULTS: dict[str, Plant] = {
 def fault_case(seed: int, name: str = "") -> Case:
     """A schedule with several chunks in flight that go through pieces in both directions."""
     case = Case(seed, source="gather" if "chunk buffer" in name else "pageable", sink="pageable", many_chunks=True)
+    case.wire = FLOAT32
     case.layer, case.chunk_rows, case.rows = layer_of(17, 9), 16, 16 * 9 - 3
     case.num_streams, case.ring_pieces = 2 + seed % 3, 2 + seed % 4
     case.piece_bytes = 5 * 17 * 4
@@ -619,21 +651,30 @@ def test_executor_planted_fault_is_caught(
 # -- injected failures -------------------------------------------------------------------------------------------------
 
 
+NO_GATHER = Gather(lambda n: np.empty(n, np.uint8), 0, lambda job: job())
+
+
 class Memory:
     """A host array that counts what is read of it and can fail: it stands for a file or the network."""
 
-    array = None
+    array = touch = None
 
     def __init__(self, rows: HostArray, trouble: Callable[[int], None] = lambda row: None, first: int = 0) -> None:
         self._rows, self._trouble, self._first = rows, trouble, first
 
-    def read(self, first: int, out: HostArray) -> None:
-        self._trouble(self._first + first)
-        out[...] = self._rows[first : first + len(out)]
+    def fill(self, first: int, piece: HostArray) -> Job:
+        def read() -> None:
+            self._trouble(self._first + first)
+            piece[...] = self._rows[first : first + len(piece)]
 
-    def write(self, first: int, rows: HostArray) -> None:
-        self._trouble(self._first + first)
-        self._rows[first : first + len(rows)] = rows
+        return read
+
+    def drain(self, first: int, piece: HostArray) -> Job:
+        def write() -> None:
+            self._trouble(self._first + first)
+            self._rows[first : first + len(piece)] = piece
+
+        return write
 
 
 class TroubledFeed(Feed):
@@ -646,7 +687,7 @@ class TroubledFeed(Feed):
         trouble: Callable[[int], None] = lambda row: None,
         at_take: Callable[[int], None] = lambda index: None,
     ) -> None:
-        self._inner = ArraySource(x, "NumPy array").feed(chunk_rows, lambda n: np.empty(n, np.uint8), 0)
+        self._inner = ArraySource(x, "NumPy array").feed(chunk_rows, NO_GATHER, FLOAT32)
         self._x, self._trouble, self._at_take = x, trouble, at_take
         self.taken = 0
 

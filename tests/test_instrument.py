@@ -103,6 +103,14 @@ class FakeDomain:
     def pop_range(self) -> None:
         self.open -= 1
 
+    def start_range(self, attributes: dict[str, Any]) -> int:
+        self.push_range(attributes)
+        return len(self.ranges)
+
+    def end_range(self, begun: int) -> None:
+        assert 0 < begun <= len(self.ranges)
+        self.pop_range()
+
 
 @pytest.fixture
 def domain(monkeypatch: pytest.MonkeyPatch) -> FakeDomain:

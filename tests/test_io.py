@@ -760,6 +760,13 @@ def failing_from(name: str, after: int, code: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, name, call)
 
 
+@pytest.fixture
+def numpy_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copy workers that call `os`, where a test's own calls can stand in."""
+    monkeypatch.setenv("PIPELINE_NATIVE_COPY", "0")
+
+
+@pytest.mark.usefixtures("numpy_copies")
 @pytest.mark.parametrize("source", ["array", "batches"])
 @pytest.mark.parametrize("after", [0, 1, 5, 13])
 def test_npy_sink_every_write_may_fail(
@@ -791,6 +798,7 @@ def test_npy_sink_other_calls_may_fail(call: str, tmp_path: Path, monkeypatch: p
         pipeline.run(X, tmp_path / "y.npy")
 
 
+@pytest.mark.usefixtures("numpy_copies")
 @pytest.mark.parametrize("call", ["preadv"])
 def test_npy_source_read_error_is_passed_on(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "x.npy", X)
@@ -804,6 +812,7 @@ def test_npy_source_read_error_is_passed_on(call: str, tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == [tmp_path / "x.npy"]
 
 
+@pytest.mark.usefixtures("numpy_copies")
 @pytest.mark.parametrize("call", ["preadv", "pwrite"])
 def test_npy_files_move_on_after_short_reads_and_writes(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -35,10 +35,15 @@ class Operation(Protocol):
 class Workers(Protocol):
     """Threads that copy rows between the caller's memory or files and pinned pieces."""
 
-    description: str
+    @property
+    def description(self) -> str:
+        """How many there are and what they are made of, for reports."""
 
     def submit(self, work: Callable[[], None]) -> Operation:
         """Queue `work`; jobs may run at the same time and finish in any order."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do `work` now and wait for it. Raises what it raises."""
 
     def close(self) -> None:
         """Wait for the jobs and end the threads."""

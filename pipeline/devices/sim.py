@@ -223,6 +223,9 @@ class _SimWorkers:
         thread = min(self._threads, key=lambda engine: engine.free_at_s)
         return self._device.schedule(thread, 0.0, 65536 / self._device.hardware.copy_rate, _nothing, work)
 
+    def run(self, work: Callable[[], None]) -> None:
+        work()
+
     def close(self) -> None:
         self._device.synchronize()
 

@@ -16,7 +16,8 @@ from pipeline.arrays import HostArray, host_view, is_cuda, is_torch
 from pipeline.config import DType
 from pipeline.errors import InputError, PipelineError
 from pipeline.forward import check_rows
-from pipeline.io.rows import ArrayRows, ArrayTarget, BatchResult, Chunk, Feed, Sink, Source
+from pipeline.io.jobs import CopyJob, cast_between
+from pipeline.io.rows import ArrayRows, ArrayTarget, BatchResult, Chunk, Feed, Gather, Sink, Source
 from pipeline.layer import FusedLinear
 
 
@@ -56,8 +57,8 @@ class BatchSource(Source):
         self._layer.check_dtype(dtype, what)
         return array
 
-    def feed(self, chunk_rows: int, buffers: Callable[[int], HostArray], depth: int) -> Feed:
-        return _BatchFeed(self, chunk_rows, buffers, depth)
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
+        return _BatchFeed(self, chunk_rows, gather, wire)
 
     def arrays(self) -> Iterator[HostArray]:
         """Each batch, checked, as an array."""
@@ -85,8 +86,8 @@ class _Filling:
 class _BatchFeed(Feed):
     source: BatchSource
     chunk_rows: int
-    buffers: Callable[[int], HostArray]
-    depth: int
+    gather: Gather
+    wire: DType
     _ready: queue.SimpleQueue[Chunk] = field(default_factory=queue.SimpleQueue)
     _free: queue.SimpleQueue[HostArray | None] = field(default_factory=queue.SimpleQueue)
     _error: BaseException | None = None
@@ -95,6 +96,7 @@ class _BatchFeed(Feed):
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._cast = cast_between(self.source.dtype, self.wire)
         self._allocated = 0
         self._next = (0, 0)  # index and row of the next chunk
         self._thread = threading.Thread(target=self._read, name="pipeline-reader", daemon=True)
@@ -132,7 +134,8 @@ class _BatchFeed(Feed):
                     return None
                 filling = _Filling(*self._next, buffer, time.perf_counter())
             rows = min(len(batch) - at, self.chunk_rows - filling.rows)
-            np.copyto(filling.buffer[filling.rows : filling.rows + rows], batch[at : at + rows])
+            place = filling.buffer[filling.rows : filling.rows + rows]
+            self.gather.copy(CopyJob(place, batch[at : at + rows], self._cast))
             filling.rows += rows
             at += rows
             if filling.rows == self.chunk_rows or (result is not None and at == len(batch)):
@@ -159,11 +162,11 @@ class _BatchFeed(Feed):
 
     def _buffer(self) -> HostArray | None:
         """A free chunk buffer; None once the run stops."""
-        if self._allocated < self.depth:
+        if self._allocated < self.gather.depth:
             self._allocated += 1
-            dtype, features = self.source.dtype, self.source.features
-            memory = self.buffers(self.chunk_rows * features * dtype.itemsize)
-            return memory.view(dtype.carrier).reshape(self.chunk_rows, features)
+            features = self.source.features
+            memory = self.gather.buffers(self.chunk_rows * features * self.wire.itemsize)
+            return memory.view(self.wire.carrier).reshape(self.chunk_rows, features)
         return None if self._stopping else self._free.get()
 
     def take(self) -> Chunk | None:
@@ -200,8 +203,9 @@ class BatchSink(Sink):
     At most `limit` batches are anywhere between the source and the consumer.
     """
 
-    def __init__(self, out_features: int, dtype: DType, limit: int) -> None:
+    def __init__(self, out_features: int, dtype: DType, wire: DType, limit: int) -> None:
         self._features, self._dtype, self._limit = out_features, dtype, limit
+        self._cast = cast_between(wire, dtype)
         self._changed = threading.Condition()
         self._batches: deque[BatchResult] = deque()
         self._stopped = False
@@ -222,7 +226,8 @@ class BatchSink(Sink):
     def target(self, chunk: Chunk) -> ArrayTarget:
         if chunk.batch is None:
             raise PipelineError("a stream's chunk belongs to no batch")
-        return ArrayTarget(chunk.batch.array[chunk.batch_row : chunk.batch_row + chunk.rows])
+        rows = chunk.batch.array[chunk.batch_row : chunk.batch_row + chunk.rows]
+        return ArrayTarget(rows, self._cast, fresh=True)
 
     def stop(self) -> None:
         with self._changed:

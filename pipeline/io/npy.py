@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.arrays import HostArray
 from pipeline.config import GIB, DType
-from pipeline.errors import FileFormatError, OutputError, OutputExistsError
-from pipeline.io.rows import Chunk, Feed, RangeFeed, Sink, Source
+from pipeline.errors import OutputError, OutputExistsError
+from pipeline.io.jobs import Cast, Job, ReadJob, WriteJob, cast_between, disk_error
+from pipeline.io.rows import Chunk, Feed, Gather, RangeFeed, Sink, Source
 
 _HEADER_BYTES = 128  # of the files written
 
@@ -17,19 +17,12 @@ _HEADER_BYTES = 128  # of the files written
 class FileRows:
     """Rows of a file, read with pread: no page is mapped, so resident memory stays flat."""
 
-    def __init__(self, fd: int, offset: int, row_bytes: int, path: Path) -> None:
+    def __init__(self, fd: int, offset: int, row_bytes: int, path: Path, cast: Cast | None) -> None:
         self.array: HostArray | None = None
-        self._fd, self._offset, self._row_bytes, self._path = fd, offset, row_bytes, path
+        self._fd, self._offset, self._row_bytes, self._path, self._cast = fd, offset, row_bytes, path, cast
 
-    def read(self, first: int, out: HostArray) -> None:
-        buffer, position = memoryview(out.data).cast("B"), self._offset + first * self._row_bytes
-        while buffer:
-            got = os.preadv(self._fd, [buffer], position)
-            if got == 0:
-                raise FileFormatError(
-                    f"{self._path} ended at byte {position}, {len(buffer)} bytes early: it was cut while it was read"
-                )
-            buffer, position = buffer[got:], position + got
+    def fill(self, first: int, piece: HostArray) -> Job:
+        return ReadJob(piece, self._fd, self._offset + first * self._row_bytes, self._path, self._cast)
 
 
 class NpyFileSource(Source):
@@ -43,12 +36,12 @@ class NpyFileSource(Source):
         self.rows, self.features = shape
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def feed(self, chunk_rows: int, buffers: Callable[[int], HostArray], depth: int) -> Feed:
-        row_bytes = self.features * self.dtype.itemsize
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
+        row_bytes, cast = self.features * self.dtype.itemsize, cast_between(self.dtype, wire)
         return RangeFeed(
             self.rows or 0,
             chunk_rows,
-            lambda row, n: FileRows(self._fd, self.offset + row * row_bytes, row_bytes, self.path),
+            lambda row, n: FileRows(self._fd, self.offset + row * row_bytes, row_bytes, self.path, cast),
         )
 
     def close(self) -> None:
@@ -69,24 +62,22 @@ def _npy_header(shape: tuple[int, int], dtype: DType) -> bytes:
 class FileTarget:
     """Rows of a file, written with pwrite."""
 
-    def __init__(self, fd: int, offset: int, row_bytes: int, path: Path) -> None:
+    def __init__(self, fd: int, offset: int, row_bytes: int, path: Path, cast: Cast | None) -> None:
         self.array: HostArray | None = None
-        self._fd, self._offset, self._row_bytes, self._path = fd, offset, row_bytes, path
+        self.touch: Job | None = None
+        self._fd, self._offset, self._row_bytes, self._path, self._cast = fd, offset, row_bytes, path, cast
 
-    def write(self, first: int, rows: HostArray) -> None:
-        buffer, position = memoryview(rows.data).cast("B"), self._offset + first * self._row_bytes
-        while buffer:
-            try:
-                written = os.pwrite(self._fd, buffer, position)
-            except OSError as error:
-                raise _disk_error(error, self._path) from error
-            buffer, position = buffer[written:], position + written
+    def drain(self, first: int, piece: HostArray) -> Job:
+        return WriteJob(piece, self._fd, self._offset + first * self._row_bytes, self._path, self._cast)
 
 
 class NpyFileSink(Sink):
     """A new .npy file. It is written beside its path as `<name>.partial` and renamed when it is complete."""
 
-    def __init__(self, path: Path, rows: int | None, out_features: int, dtype: DType, overwrite: bool) -> None:
+    def __init__(
+        self, path: Path, rows: int | None, out_features: int, dtype: DType, wire: DType, overwrite: bool
+    ) -> None:
+        self._cast = cast_between(wire, dtype)
         self._path, self._shape, self._dtype, self._overwrite = path, (rows, out_features), dtype, overwrite
         self._partial = path.with_name(path.name + ".partial")
         self._row_bytes = out_features * dtype.itemsize
@@ -119,7 +110,8 @@ class NpyFileSink(Sink):
             ) from error
 
     def target(self, chunk: Chunk) -> FileTarget:
-        return FileTarget(self._fd, _HEADER_BYTES + chunk.row * self._row_bytes, self._row_bytes, self._path)
+        offset = _HEADER_BYTES + chunk.row * self._row_bytes
+        return FileTarget(self._fd, offset, self._row_bytes, self._path, self._cast)
 
     def finish(self, rows: int) -> Path:
         try:
@@ -132,7 +124,7 @@ class NpyFileSink(Sink):
         except FileExistsError:
             raise OutputExistsError(f"{self._path} appeared during the run; it was left as it is") from None
         except OSError as error:
-            raise _disk_error(error, self._path) from error
+            raise disk_error(error, self._path) from error
         os.close(self._fd)
         self._fd = -1
         return self._path
@@ -142,10 +134,6 @@ class NpyFileSink(Sink):
             os.close(self._fd)
             self._fd = -1
             self._partial.unlink(missing_ok=True)
-
-
-def _disk_error(error: OSError, path: Path) -> OutputError:
-    return OutputError(f"writing {path} failed: {error.strerror}; free space or choose another path, nothing was kept")
 
 
 def _rename_without_replacing(old: Path, new: Path) -> None:

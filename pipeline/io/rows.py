@@ -2,6 +2,9 @@
 
 A `Source` knows its element type and width before any row is read. Its feed hands out chunks to one or several
 executors; a chunk's rows are then read from any thread. A `Sink` takes each row once, in any order, from any thread.
+
+Rows cross the bus in the wire's element type, which may be narrower than the source's or the result's: the jobs that
+fill and drain pieces cast.
 """
 
 from __future__ import annotations
@@ -13,53 +16,63 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from pipeline.arrays import HostArray
 from pipeline.config import DType
 from pipeline.devices.base import DeviceRows
+from pipeline.io.jobs import Cast, CopyJob, Job, TouchJob
 
 
 class SourceRows(Protocol):
     """Some consecutive rows on the host."""
 
     array: HostArray | None
-    """The rows as they lie in memory, where they are contiguous and native-endian."""
+    """The rows as they lie in memory, where they are contiguous, native-endian and of the wire's type."""
 
-    def read(self, first: int, out: HostArray) -> None:
-        """Copy rows [first, first + len(out)) to `out`. May be called from several threads."""
+    def fill(self, first: int, piece: HostArray) -> Job:
+        """The job that copies rows [first, first + len(piece)) to `piece`, which is of the wire's type."""
 
 
 class TargetRows(Protocol):
     """Where a chunk's rows go on the host."""
 
     array: HostArray | None
-    """The memory itself, where it is contiguous and native-endian."""
+    """The memory itself, where it is contiguous, native-endian and of the wire's type."""
 
-    def write(self, first: int, rows: HostArray) -> None:
-        """Store `rows` at rows [first, first + len(rows)) of the chunk. May be called from several threads."""
+    touch: Job | None
+    """The job that maps the memory's pages, where nobody has written there yet."""
+
+    def drain(self, first: int, piece: HostArray) -> Job:
+        """The job that stores `piece` at rows [first, first + len(piece)) of the chunk."""
 
 
 class ArrayRows:
     """Rows of an array of any strides and byte order."""
 
-    def __init__(self, array: HostArray) -> None:
-        self._array = array
-        self.array = array if array.flags.c_contiguous and array.dtype.isnative else None
+    def __init__(self, array: HostArray, cast: Cast | None = None) -> None:
+        self._array, self._cast = array, cast
+        self.array = _in_place(array, cast)
 
-    def read(self, first: int, out: HostArray) -> None:
-        np.copyto(out, self._array[first : first + len(out)])
+    def fill(self, first: int, piece: HostArray) -> Job:
+        return CopyJob(piece, self._array[first : first + len(piece)], self._cast)
 
 
 class ArrayTarget:
-    """Rows of an array of any strides and byte order."""
+    """Rows of an array of any strides and byte order; `fresh` where its memory has never been written.
 
-    def __init__(self, array: HostArray) -> None:
-        self._array = array
-        self.array = array if array.flags.c_contiguous and array.dtype.isnative else None
+    Streaming stores: nobody reads the result before the run is over, and pieces stay in the cache.
+    """
 
-    def write(self, first: int, rows: HostArray) -> None:
-        np.copyto(self._array[first : first + len(rows)], rows)
+    def __init__(self, array: HostArray, cast: Cast | None = None, *, fresh: bool = False) -> None:
+        self._array, self._cast = array, cast
+        self.array = _in_place(array, cast)
+        self.touch: Job | None = TouchJob(array) if fresh else None
+
+    def drain(self, first: int, piece: HostArray) -> Job:
+        return CopyJob(self._array[first : first + len(piece)], piece, self._cast, streaming=True)
+
+
+def _in_place(array: HostArray, cast: Cast | None) -> HostArray | None:
+    return array if cast is None and array.flags.c_contiguous and array.dtype.isnative else None
 
 
 @dataclass(eq=False)
@@ -101,6 +114,15 @@ class Feed(ABC):
         """Hand out nothing more, and end what reads ahead."""
 
 
+@dataclass(frozen=True)
+class Gather:
+    """What a source needs that gathers rows itself: pinned chunk buffers, at most `depth` of them, and who copies."""
+
+    buffers: Callable[[int], HostArray]
+    depth: int
+    copy: Callable[[Job], None]
+
+
 class RangeFeed(Feed):
     """Chunks of a source whose rows can be read in any order."""
 
@@ -139,8 +161,8 @@ class Source(ABC):
     path: Path | None = None  # the file it was opened from, if it was given as a path
 
     @abstractmethod
-    def feed(self, chunk_rows: int, buffers: Callable[[int], HostArray], depth: int) -> Feed:
-        """The chunks. Sources that gather rows themselves take up to `depth` pinned chunk buffers from `buffers`."""
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
+        """The chunks, as rows of the wire's type. Sources that gather rows themselves do it into chunk buffers."""
 
     def close(self) -> None:
         """Release files."""

@@ -13,6 +13,7 @@ from pipeline.config import DType, parse_dtype
 from pipeline.devices.base import DeviceRows
 from pipeline.errors import DTypeError, OptionError, OutputError, OutputExistsError
 from pipeline.forward import check_gpu_out, check_out
+from pipeline.io.jobs import Cast, cast_between
 from pipeline.io.npy import NpyFileSink
 from pipeline.io.rows import ArrayTarget, Chunk, Sink, Source
 from pipeline.io.sources import CudaSource, mapped_file, source_bytes, source_file
@@ -22,11 +23,11 @@ from pipeline.layer import FusedLinear
 class ArraySink(Sink):
     """An array or CPU tensor of the caller's, or a new one."""
 
-    def __init__(self, value: Any, array: HostArray) -> None:
-        self._value, self._array = value, array
+    def __init__(self, value: Any, array: HostArray, cast: Cast | None = None, *, fresh: bool = False) -> None:
+        self._value, self._array, self._cast, self._fresh = value, array, cast, fresh
 
     def target(self, chunk: Chunk) -> ArrayTarget:
-        return ArrayTarget(self._array[chunk.row : chunk.row + chunk.rows])
+        return ArrayTarget(self._array[chunk.row : chunk.row + chunk.rows], self._cast, fresh=self._fresh)
 
     def finish(self, rows: int) -> Any:
         return self._value
@@ -35,13 +36,13 @@ class ArraySink(Sink):
 class GrowingSink(Sink):
     """A new array for a source that doesn't know its length: a block a chunk, joined at the end."""
 
-    def __init__(self, out_features: int, dtype: DType, wrap: Any) -> None:
-        self._features, self._dtype, self._wrap = out_features, dtype, wrap
+    def __init__(self, out_features: int, dtype: DType, cast: Cast | None, wrap: Any) -> None:
+        self._features, self._dtype, self._cast, self._wrap = out_features, dtype, cast, wrap
         self._blocks: dict[int, HostArray] = {}
 
     def target(self, chunk: Chunk) -> ArrayTarget:
         block = self._blocks[chunk.row] = np.empty((chunk.rows, self._features), self._dtype.carrier)
-        return ArrayTarget(block)
+        return ArrayTarget(block, self._cast, fresh=True)
 
     def finish(self, rows: int) -> Any:
         whole = np.empty((rows, self._features), self._dtype.carrier)
@@ -65,19 +66,19 @@ class CudaSink(Sink):
         return self._tensor
 
 
-def open_sink(out: Any, source: Source, layer: FusedLinear, out_dtype: DType | None, overwrite: bool) -> Sink:
+def open_sink(out: Any, source: Source, layer: FusedLinear, dtype: DType, wire: DType, overwrite: bool) -> Sink:
     """The sink that `out` stands for, checked against source and layer.
 
-    `out_dtype` None means the source's. Nothing is created if a check fails.
+    `dtype` is the result's element type, `wire` the one in which it comes from the device. Nothing is created if a
+    check fails.
 
     Raises:
         ShapeError, DTypeError, OptionError, OutputError, OutputExistsError
     """
-    dtype = out_dtype or source.dtype
     if isinstance(out, (str, os.PathLike)):
-        return _open_file(Path(out), source, layer, dtype, overwrite)
+        return _open_file(Path(out), source, layer, dtype, wire, overwrite)
     if out is None:
-        return _new_result(source, layer, dtype)
+        return _new_result(source, layer, dtype, wire)
     if not (is_torch(out) or isinstance(out, np.ndarray)):
         raise OptionError(
             f"out is a {type(out).__name__}, expected None, a NumPy array, a torch tensor or the path of a .npy file"
@@ -106,7 +107,7 @@ def open_sink(out: Any, source: Source, layer: FusedLinear, out_dtype: DType | N
     read, written = source_file(source), mapped_file(array)
     if read and written and overlaps(read[1:], written[1:]) and os.path.samefile(read[0], written[0]):
         raise OptionError(f"out maps the bytes of {read[0]} that are the source; the layer can't run in place")
-    return ArraySink(out, array)
+    return ArraySink(out, array, cast_between(wire, dtype))
 
 
 def _check_out_dtype(got: DType, expected: DType) -> None:
@@ -114,7 +115,7 @@ def _check_out_dtype(got: DType, expected: DType) -> None:
         raise DTypeError(f"out is {got}, the result is {expected}; pass out_dtype='{got}' to have it rounded to that")
 
 
-def _open_file(path: Path, source: Source, layer: FusedLinear, dtype: DType, overwrite: bool) -> Sink:
+def _open_file(path: Path, source: Source, layer: FusedLinear, dtype: DType, wire: DType, overwrite: bool) -> Sink:
     if path.suffix != ".npy":
         raise OptionError(f"out {str(path)!r} doesn't end in .npy, the only file format written")
     if dtype.name == "bfloat16":
@@ -129,20 +130,20 @@ def _open_file(path: Path, source: Source, layer: FusedLinear, dtype: DType, ove
         raise OutputError(f"{path.parent} isn't a directory; create it first")
     if source.path is not None and path.exists() and path.samefile(source.path):
         raise OutputError(f"{path} is the source itself; choose another output path")
-    return NpyFileSink(path, source.rows, layer.out_features, dtype, overwrite)
+    return NpyFileSink(path, source.rows, layer.out_features, dtype, wire, overwrite)
 
 
-def _new_result(source: Source, layer: FusedLinear, dtype: DType) -> Sink:
+def _new_result(source: Source, layer: FusedLinear, dtype: DType, wire: DType) -> Sink:
     if isinstance(source, CudaSource):
         import torch
 
         device, shape = source.tensor.device, (len(source.tensor), layer.out_features)
         return CudaSink(torch.empty(shape, dtype=getattr(torch, dtype.name), device=device), dtype)
-    wrap = wrapper(source, dtype)
+    wrap, cast = wrapper(source, dtype), cast_between(wire, dtype)
     if source.rows is None:
-        return GrowingSink(layer.out_features, dtype, wrap)
+        return GrowingSink(layer.out_features, dtype, cast, wrap)
     array = np.empty((source.rows, layer.out_features), dtype.carrier)
-    return ArraySink(wrap(array), array)
+    return ArraySink(wrap(array), array, cast, fresh=True)
 
 
 def wrapper(source: Source, dtype: DType) -> Any:

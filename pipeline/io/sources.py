@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray, byte_range, host_view, is_cuda, is_torch
-from pipeline.config import parse_dtype
+from pipeline.config import DType, parse_dtype
 from pipeline.devices.base import DeviceRows
 from pipeline.errors import FileFormatError, InputError
 from pipeline.forward import check_rows
 from pipeline.io.batches import BatchSource
+from pipeline.io.jobs import cast_between
 from pipeline.io.npy import NpyFileSource
-from pipeline.io.rows import ArrayRows, BatchResult, Feed, RangeFeed, Source
+from pipeline.io.rows import ArrayRows, BatchResult, Feed, Gather, RangeFeed, Source
 from pipeline.layer import FusedLinear
 
 
@@ -31,8 +32,9 @@ class ArraySource(Source):
         self.kind = kind
         self.family = "torch" if is_torch(value) else "numpy"
 
-    def feed(self, chunk_rows: int, buffers: Callable[[int], HostArray], depth: int) -> Feed:
-        return RangeFeed(self.array.shape[0], chunk_rows, lambda row, n: ArrayRows(self.array[row : row + n]))
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
+        array, cast = self.array, cast_between(self.dtype, wire)
+        return RangeFeed(array.shape[0], chunk_rows, lambda row, n: ArrayRows(array[row : row + n], cast))
 
 
 class CudaSource(Source):
@@ -51,7 +53,7 @@ class CudaSource(Source):
         self.rows, self.features = self.tensor.shape
         self._all = DeviceRows(tensor.device.index, tensor.data_ptr(), tensor.stride(0), self.rows, self.tensor)
 
-    def feed(self, chunk_rows: int, buffers: Callable[[int], HostArray], depth: int) -> Feed:
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
         itemsize = self.dtype.itemsize
         return RangeFeed(self._all.rows, chunk_rows, lambda row, n: self._all.part(row, n, itemsize))
 

@@ -90,13 +90,16 @@ def _timed(work: Callable[[], None]) -> tuple[float, float]:
 class ThreadWorkers:
     """Copy workers made of Python threads: NumPy and the file calls release the GIL while they move bytes."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, reason: str = "") -> None:
         self.count = count
-        self.description = f"copy workers: {count} (NumPy)"
+        self.description = f"copy workers: {count} (NumPy{'; ' if reason else ''}{reason})"
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="pipeline-copy")
 
     def submit(self, work: Callable[[], None]) -> _Job:
         return _Job(self._pool, work)
+
+    def run(self, work: Callable[[], None]) -> None:
+        work()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

@@ -1,0 +1,381 @@
+// Copies between the caller's memory or files and pinned pieces, by a pool of threads that Python never waits for.
+//
+//   host_copy_open(workers, isa)     start a pool; NULL with errno set where threads can't be started
+//   host_copy_submit(pool, request)  queue one job and return at once; NULL where there is no memory for it
+//   host_copy_finish(job, result)    0 while the job goes on; else fill in `result`, free the job and return 1
+//   host_copy_wait(pool, job)        block until the job is done (and is still to be finished)
+//   host_copy_close(pool)            let queued jobs end, join the threads
+//   host_copy_isa(pool)              which instructions move the bytes: "AVX-512", "AVX2" or "portable"
+//   host_copy_source()               the digest of the sources that the library was built from
+//
+// A job is cut into grains that the workers take one at a time, so that one job uses all of them. Requests that are
+// `background` are worked on only while no other is queued. The memory of a request belongs to the caller, who keeps
+// it until the job is finished. Jobs may be submitted and finished from any thread, each by one.
+//
+// Streaming stores (past the caches) are for targets that nobody reads soon.
+//
+// Called through ctypes (pipeline/io/native.py); `host_copy_request` and `host_copy_result` have their twins there.
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/types.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "host_move.h"
+
+#ifndef HOST_COPY_SOURCE
+#define HOST_COPY_SOURCE "unknown"
+#endif
+#ifndef HOST_COPY_PREAD  // the stress test puts calls that fail in their place
+#define HOST_COPY_PREAD pread
+#define HOST_COPY_PWRITE pwrite
+#endif
+
+enum { COPY, READ_FILE, WRITE_FILE, TOUCH, kNumKinds };
+enum { NO_CAST, FP32_TO_BF16, FP32_TO_FP16, BF16_TO_FP32, FP16_TO_FP32, kNumCasts };
+
+// `rows` rows of `length` elements (with a cast) or bytes (without), `*_stride` bytes from one row to the next. What
+// is read from a file, written to one or touched is one row: READ_FILE takes the file for the source, WRITE_FILE for
+// the target, both from byte `offset` on; TOUCH maps the pages of `target` and changes nothing.
+typedef struct {
+  int32_t kind, cast, streaming, background, fd;
+  void* target;
+  const void* source;
+  int64_t target_stride, source_stride;
+  int64_t rows, length;
+  int64_t offset;
+} host_copy_request;
+
+// Times are CLOCK_MONOTONIC. `error` is an errno, or -1 for a file that ended before its last byte at `position`.
+typedef struct {
+  int64_t start_ns, end_ns;
+  int64_t position;
+  int32_t error;
+} host_copy_result;
+
+typedef struct pool pool;
+
+typedef struct job {
+  host_copy_request request;
+  pool* owner;
+  struct job* after;      // in its queue
+  int64_t grains, taken;  // `taken` is guarded by the pool's lock
+  int64_t grain_length, grains_a_row, rows_a_grain;
+  int64_t start_ns, end_ns, position;
+  atomic_int error;
+  atomic_llong left;  // grains not yet done
+  atomic_int done;
+} job;
+
+typedef struct {
+  job *first, *last;
+} queue;
+
+struct pool {
+  const instructions* isa;
+  pthread_mutex_t lock;
+  pthread_cond_t work, finished;
+  queue queues[2];      // ordinary and background jobs
+  atomic_llong queued;  // grains nobody has taken: what idle workers look at
+  int waiting;          // threads in host_copy_wait
+  int closing;
+  int workers;
+  pthread_t threads[];
+};
+
+// --- grains ----------------------------------------------------------------------------------------------------------
+
+enum { kGrainBytes = 256 << 10 };                 // copies: small enough to share a piece, large enough for the bus
+static const int64_t kFileGrainBytes = 1 << 20;   // of one system call
+static const int64_t kTouchGrainBytes = 4 << 20;  // some huge pages
+static const int64_t kPageBytes = 4096;
+static const int kSpins = 1000;  // some 50 us: as long as a sleeping thread takes to wake up
+
+static int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static int64_t source_itemsize(int cast) {
+  if (cast == FP32_TO_BF16 || cast == FP32_TO_FP16) return 4;
+  return cast == NO_CAST ? 1 : 2;
+}
+
+static int64_t target_itemsize(int cast) {
+  if (cast == BF16_TO_FP32 || cast == FP16_TO_FP32) return 4;
+  return cast == NO_CAST ? 1 : 2;
+}
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+static void cut_into_grains(job* j) {
+  host_copy_request* r = &j->request;
+  int64_t source_bytes = r->length * source_itemsize(r->cast), target_bytes = r->length * target_itemsize(r->cast);
+  if (r->rows > 1 && r->source_stride == source_bytes && r->target_stride == target_bytes) {
+    r->length *= r->rows;  // contiguous at both ends: one long row
+    r->rows = 1;
+  }
+  int64_t grain_bytes = kGrainBytes;
+  if (!r->cast && (r->kind == READ_FILE || r->kind == WRITE_FILE)) grain_bytes = kFileGrainBytes;
+  if (r->kind == TOUCH) grain_bytes = kTouchGrainBytes;
+  int64_t itemsize = larger(source_itemsize(r->cast), target_itemsize(r->cast));
+  j->grain_length = grain_bytes / itemsize;
+  j->grains_a_row = larger(1, (r->length + j->grain_length - 1) / j->grain_length);
+  j->rows_a_grain = larger(1, grain_bytes / larger(1, r->length * itemsize));
+  if (r->rows <= 0 || r->length <= 0) {
+    j->grains = 0;
+  } else if (j->grains_a_row > 1) {
+    j->grains = r->rows * j->grains_a_row;
+  } else {
+    j->grains = (r->rows + j->rows_a_grain - 1) / j->rows_a_grain;
+  }
+}
+
+static void copy_row(const instructions* isa, int cast, int streaming, char* target, const char* source,
+                     int64_t length) {
+  switch (cast) {
+    case NO_CAST:
+      isa->copy(target, source, length, streaming);
+      break;
+    case FP32_TO_BF16:
+      isa->to_bf16(target, source, length);
+      break;
+    case FP32_TO_FP16:
+      isa->to_fp16(target, source, length);
+      break;
+    case BF16_TO_FP32:
+      isa->from_bf16(target, source, length, streaming);
+      break;
+    case FP16_TO_FP32:
+      isa->from_fp16(target, source, length, streaming);
+      break;
+  }
+}
+
+static void fail(job* j, int error, int64_t position) {
+  int none = 0;
+  if (atomic_compare_exchange_strong(&j->error, &none, error)) j->position = position;
+}
+
+// All of `bytes` from or to the file at `position`; 0 where that failed.
+static int move_file_bytes(job* j, char* memory, int64_t bytes, int64_t position) {
+  const host_copy_request* r = &j->request;
+  while (bytes > 0) {
+    ssize_t moved = r->kind == READ_FILE ? HOST_COPY_PREAD(r->fd, memory, (size_t)bytes, position)
+                                         : HOST_COPY_PWRITE(r->fd, memory, (size_t)bytes, position);
+    if (moved < 0 && errno == EINTR) continue;
+    if (moved <= 0) {
+      fail(j, moved < 0 ? errno : -1, position);
+      return 0;
+    }
+    memory += moved;
+    bytes -= moved;
+    position += moved;
+  }
+  return 1;
+}
+
+// `length` elements from the `first` on; a cast goes through `scratch`, which stays in the worker's own cache.
+static void move_file_grain(job* j, int64_t first, int64_t length, char* scratch) {
+  const host_copy_request* r = &j->request;
+  int64_t source_size = source_itemsize(r->cast), target_size = target_itemsize(r->cast);
+  if (r->kind == READ_FILE) {
+    char* target = (char*)r->target + first * target_size;
+    char* memory = r->cast ? scratch : target;
+    int read = move_file_bytes(j, memory, length * source_size, r->offset + first * source_size);
+    if (read && r->cast) copy_row(j->owner->isa, r->cast, 0, target, scratch, length);
+  } else {
+    char* source = (char*)(uintptr_t)r->source + first * source_size;
+    if (r->cast) copy_row(j->owner->isa, r->cast, 0, scratch, source, length);
+    move_file_bytes(j, r->cast ? scratch : source, length * target_size, r->offset + first * target_size);
+  }
+}
+
+// Maps the pages of [first, first + length) without changing a byte: another thread may be writing there already.
+static void touch(job* j, int64_t first, int64_t length) {
+  uintptr_t begin = (uintptr_t)j->request.target + (uintptr_t)first, end = begin + (uintptr_t)length;
+  begin &= ~(uintptr_t)(kPageBytes - 1);
+#ifdef MADV_POPULATE_WRITE
+  if (!madvise((void*)begin, end - begin, MADV_POPULATE_WRITE)) return;
+  if (errno != EINVAL) {  // EINVAL: a kernel before 5.14
+    fail(j, errno, (int64_t)first);
+    return;
+  }
+#endif
+  uintptr_t low = (uintptr_t)j->request.target, page = begin;
+  for (; page < end; page += (uintptr_t)kPageBytes) {
+    atomic_fetch_add((_Atomic char*)(page < low ? low : page), 0);
+  }
+}
+
+static void run_grain(job* j, int64_t grain, char* scratch) {
+  const host_copy_request* r = &j->request;
+  int64_t row = grain / j->grains_a_row, rows = 1, first = 0, length = r->length;
+  if (j->grains_a_row > 1) {
+    first = grain % j->grains_a_row * j->grain_length;
+    length = r->length - first < j->grain_length ? r->length - first : j->grain_length;
+  } else {
+    row = grain * j->rows_a_grain;
+    rows = r->rows - row < j->rows_a_grain ? r->rows - row : j->rows_a_grain;
+  }
+  if (r->kind == READ_FILE || r->kind == WRITE_FILE) {
+    if (!atomic_load(&j->error)) move_file_grain(j, first, length, scratch);
+  } else if (r->kind == TOUCH) {
+    touch(j, first, length);
+  } else {
+    for (int64_t i = row; i < row + rows; i++) {
+      char* target = (char*)r->target + i * r->target_stride + first * target_itemsize(r->cast);
+      const char* source = (const char*)r->source + i * r->source_stride + first * source_itemsize(r->cast);
+      copy_row(j->owner->isa, r->cast, r->streaming, target, source, length);
+    }
+  }
+}
+
+// --- the pool --------------------------------------------------------------------------------------------------------
+
+// The next grain of the oldest job, or NULL. Called with the lock held.
+static job* take_grain(pool* p, int64_t* grain) {
+  for (int i = 0; i < 2; i++) {
+    job* j = p->queues[i].first;
+    if (!j) continue;
+    if (!j->taken) j->start_ns = now_ns();
+    *grain = j->taken++;
+    atomic_fetch_sub(&p->queued, 1);
+    if (j->taken == j->grains) {
+      p->queues[i].first = j->after;
+      if (!j->after) p->queues[i].last = NULL;
+    }
+    return j;
+  }
+  return NULL;
+}
+
+static void end_job(job* j) {
+  pool* p = j->owner;
+  j->end_ns = now_ns();
+  pthread_mutex_lock(&p->lock);
+  atomic_store(&j->done, 1);  // from here on the job may be freed
+  if (p->waiting) pthread_cond_broadcast(&p->finished);
+  pthread_mutex_unlock(&p->lock);
+}
+
+static void* work(void* argument) {
+  char scratch[kGrainBytes];
+  pool* p = argument;
+  for (;;) {
+    for (int i = 0; i < kSpins && !atomic_load_explicit(&p->queued, memory_order_relaxed); i++) relax();
+    int64_t grain = 0;
+    pthread_mutex_lock(&p->lock);
+    job* j;
+    while (!(j = take_grain(p, &grain)) && !p->closing) pthread_cond_wait(&p->work, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+    if (!j) return NULL;
+    run_grain(j, grain, scratch);
+    if (atomic_fetch_sub(&j->left, 1) == 1) end_job(j);
+  }
+}
+
+void host_copy_close(pool* p) {
+  pthread_mutex_lock(&p->lock);
+  p->closing = 1;
+  pthread_cond_broadcast(&p->work);
+  pthread_mutex_unlock(&p->lock);
+  for (int i = 0; i < p->workers; i++) pthread_join(p->threads[i], NULL);
+  pthread_cond_destroy(&p->finished);
+  pthread_cond_destroy(&p->work);
+  pthread_mutex_destroy(&p->lock);
+  free(p);
+}
+
+pool* host_copy_open(int workers, int isa) {
+  if (workers < 1) {
+    errno = EINVAL;
+    return NULL;
+  }
+  pool* p = calloc(1, sizeof *p + (size_t)workers * sizeof p->threads[0]);
+  if (!p) return NULL;
+  p->isa = best_instructions(isa);
+  pthread_mutex_init(&p->lock, NULL);
+  pthread_cond_init(&p->work, NULL);
+  pthread_cond_init(&p->finished, NULL);
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for Python's threads
+  int error = 0;
+  while (p->workers < workers && !(error = pthread_create(&p->threads[p->workers], NULL, work, p))) {
+#ifdef __linux__
+    pthread_setname_np(p->threads[p->workers], "pipeline-copy");
+#endif
+    p->workers++;
+  }
+  pthread_sigmask(SIG_SETMASK, &before, NULL);
+  if (error) {
+    host_copy_close(p);
+    errno = error;
+    return NULL;
+  }
+  return p;
+}
+
+job* host_copy_submit(pool* p, const host_copy_request* request) {
+  if (request->kind < 0 || request->kind >= kNumKinds || request->cast < 0 || request->cast >= kNumCasts) {
+    errno = EINVAL;
+    return NULL;
+  }
+  job* j = calloc(1, sizeof *j);
+  if (!j) return NULL;
+  j->request = *request;
+  j->owner = p;
+  cut_into_grains(j);
+  atomic_init(&j->left, j->grains);
+  if (!j->grains) {
+    j->start_ns = j->end_ns = now_ns();
+    atomic_store(&j->done, 1);
+    return j;
+  }
+  queue* q = &p->queues[request->background ? 1 : 0];
+  pthread_mutex_lock(&p->lock);
+  if (q->last) {
+    q->last->after = j;
+  } else {
+    q->first = j;
+  }
+  q->last = j;
+  atomic_fetch_add(&p->queued, j->grains);
+  if (j->grains == 1) {
+    pthread_cond_signal(&p->work);
+  } else {
+    pthread_cond_broadcast(&p->work);
+  }
+  pthread_mutex_unlock(&p->lock);
+  return j;
+}
+
+int host_copy_finish(job* j, host_copy_result* result) {
+  if (!atomic_load(&j->done)) return 0;
+  *result = (host_copy_result){j->start_ns, j->end_ns, j->position, atomic_load(&j->error)};
+  free(j);
+  return 1;
+}
+
+void host_copy_wait(pool* p, job* j) {
+  pthread_mutex_lock(&p->lock);
+  p->waiting++;
+  while (!atomic_load(&j->done)) pthread_cond_wait(&p->finished, &p->lock);
+  p->waiting--;
+  pthread_mutex_unlock(&p->lock);
+}
+
+const char* host_copy_isa(const pool* p) { return p->isa->name; }
+
+const char* host_copy_source(void) { return HOST_COPY_SOURCE; }

@@ -1,0 +1,153 @@
+"""What copy workers do: copies with or without a cast, reads and writes of files, pages mapped ahead of their use.
+
+Calling a job does it, with NumPy and the system's calls, in the calling thread. That is how it is done where the
+native workers (native.py) can't take it over, and what they must do as well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.arrays import HostArray, narrow_bfloat16, widen_bfloat16
+from pipeline.config import BFLOAT16, DType
+from pipeline.errors import FileFormatError, OutputError
+
+Job = Callable[[], None]
+
+
+class Cast(NamedTuple):
+    """A change of element type, rounded to nearest even; NaN stays NaN."""
+
+    source: DType
+    target: DType
+
+
+def cast_between(source: DType, target: DType) -> Cast | None:
+    return None if source is target else Cast(source, target)
+
+
+def convert(target: HostArray, source: HostArray, cast: Cast | None) -> None:
+    """target[...] = source, both in the carrier types of the cast."""
+    if cast is not None and cast.target is BFLOAT16:
+        source = narrow_bfloat16(source)
+    elif cast is not None and cast.source is BFLOAT16:
+        source = widen_bfloat16(source)
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond fp16's range lies infinity
+        np.copyto(target, source, casting="same_kind")
+
+
+@dataclass(slots=True)
+class CopyJob:
+    """target[...] = source: rows of any strides, carrier types of `cast`. `streaming` stores bypass the caches."""
+
+    target: HostArray
+    source: HostArray
+    cast: Cast | None = None
+    streaming: bool = False
+
+    def __call__(self) -> None:
+        convert(self.target, self.source, self.cast)
+
+
+@dataclass(slots=True)
+class ReadJob:
+    """Contiguous rows from a file's byte `position` on, read with pread: no page is mapped."""
+
+    target: HostArray
+    fd: int
+    position: int
+    path: Path
+    cast: Cast | None = None
+
+    def __call__(self) -> None:
+        into = self.target if self.cast is None else np.empty(self.target.shape, self.cast.source.carrier)
+        buffer, position = memoryview(into.data).cast("B"), self.position
+        while buffer:
+            got = os.preadv(self.fd, [buffer], position)
+            if got == 0:
+                raise self.failure(-1, position)
+            buffer, position = buffer[got:], position + got
+        if self.cast is not None:
+            convert(self.target, into, self.cast)
+
+    def failure(self, code: int, position: int) -> Exception:
+        """The exception of a read that failed at `position` with an errno, or -1 for the file's end."""
+        if code == -1:
+            missing = self.position + _file_bytes(self.target, self.cast and self.cast.source) - position
+            return FileFormatError(
+                f"{self.path} ended at byte {position}, {missing} bytes early: it was cut while it was read"
+            )
+        return OSError(code, os.strerror(code), str(self.path))
+
+
+@dataclass(slots=True)
+class WriteJob:
+    """Contiguous rows to a file from byte `position` on, written with pwrite."""
+
+    source: HostArray
+    fd: int
+    position: int
+    path: Path
+    cast: Cast | None = None
+
+    def __call__(self) -> None:
+        rows = self.source
+        if self.cast is not None:
+            rows = np.empty(self.source.shape, self.cast.target.carrier)
+            convert(rows, self.source, self.cast)
+        buffer, position = memoryview(rows.data).cast("B"), self.position
+        while buffer:
+            try:
+                written = os.pwrite(self.fd, buffer, position)
+            except OSError as error:
+                raise self.failure(error.errno or errno.EIO, position) from error
+            buffer, position = buffer[written:], position + written
+
+    def failure(self, code: int, position: int) -> Exception:
+        """The exception of a write that failed with an errno, or -1 where nothing was written and nothing said why."""
+        code = errno.EIO if code == -1 else code
+        return disk_error(OSError(code, os.strerror(code)), self.path)
+
+
+def disk_error(error: OSError, path: Path) -> OutputError:
+    return OutputError(f"writing {path} failed: {error.strerror}; free space or choose another path, nothing was kept")
+
+
+def _file_bytes(rows: HostArray, dtype: DType | None) -> int:
+    return rows.nbytes if dtype is None else rows.size * dtype.itemsize
+
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
+_PAGE_BYTES = 4096
+
+
+@dataclass(slots=True)
+class TouchJob:
+    """Maps the pages of fresh memory before it is written, so that the write doesn't wait for the system to clear
+    them; changes no byte, also of memory that is being written meanwhile."""
+
+    memory: HostArray
+
+    def __call__(self) -> None:
+        first: int = self.memory.__array_interface__["data"][0]
+        start = first & -_PAGE_BYTES
+        n_bytes = first + self.memory.nbytes - start
+        libc: Any = ctypes.CDLL(None, use_errno=True)
+        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(n_bytes), _MADV_POPULATE_WRITE):
+            code = ctypes.get_errno()
+            if code != errno.EINVAL:  # EINVAL: the system can't; the writes will map the pages
+                raise self.failure(code, 0)
+
+    def failure(self, code: int, position: int) -> Exception:
+        """The exception of pages that can't be had."""
+        return MemoryError(
+            f"no memory for the result ({os.strerror(code)}); free some, or write it to a file with out='y.npy'"
+        )

@@ -1,0 +1,228 @@
+"""Copy workers in C (csrc/host_copy.c), off the GIL: one job keeps all of them busy, the executor polls its counter."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.arrays import HostArray
+from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, native_copy
+from pipeline.devices.base import Operation, Workers
+from pipeline.errors import PipelineError
+from pipeline.io.jobs import Cast, CopyJob, Job, ReadJob, TouchJob, WriteJob
+from pipeline.io.staging import ThreadWorkers
+
+_COPY, _READ_FILE, _WRITE_FILE, _TOUCH = range(4)
+_CASTS: dict[Cast | None, int] = {
+    None: 0,
+    Cast(FLOAT32, BFLOAT16): 1,
+    Cast(FLOAT32, FLOAT16): 2,
+    Cast(BFLOAT16, FLOAT32): 3,
+    Cast(FLOAT16, FLOAT32): 4,
+}
+INSTRUCTIONS = {"best": 0, "AVX2": 1, "portable": 2}  # at most these
+
+
+class _Request(ctypes.Structure):
+    """The same fields as in csrc/host_copy.c."""
+
+    _fields_ = (
+        ("kind", ctypes.c_int32),
+        ("cast", ctypes.c_int32),
+        ("streaming", ctypes.c_int32),
+        ("background", ctypes.c_int32),
+        ("fd", ctypes.c_int32),
+        ("target", ctypes.c_void_p),
+        ("source", ctypes.c_void_p),
+        ("target_stride", ctypes.c_int64),
+        ("source_stride", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("offset", ctypes.c_int64),
+    )
+
+
+class _Result(ctypes.Structure):
+    """The same fields as in csrc/host_copy.c."""
+
+    _fields_ = (
+        ("start_ns", ctypes.c_int64),
+        ("end_ns", ctypes.c_int64),
+        ("position", ctypes.c_int64),
+        ("error", ctypes.c_int32),
+    )
+
+
+@functools.cache
+def _library() -> tuple[Any, str]:
+    """The library, or None and the reason why it can't be used."""
+    package = Path(__file__).resolve().parent.parent
+    built = sorted(package.glob("_host_copy*.so"))
+    if not built:
+        return None, "not built: no C compiler when the package was installed"
+    sources = next((folder for folder in (package / "csrc", package.parent / "csrc") if folder.is_dir()), package)
+    files = [sources / name for name in ("host_copy.c", "host_move.h")]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    reason = ""
+    for path in built:
+        try:
+            library = ctypes.CDLL(str(path), use_errno=True)
+            library.host_copy_source.restype = ctypes.c_char_p
+        except (OSError, AttributeError) as error:
+            reason = f"can't be loaded: {error}"
+            continue
+        if library.host_copy_source() == digest.encode():
+            pointer = ctypes.c_void_p
+            for name, result, *arguments in (
+                ("open", pointer, ctypes.c_int, ctypes.c_int),
+                ("close", None, pointer),
+                ("isa", ctypes.c_char_p, pointer),
+                ("submit", pointer, pointer, ctypes.POINTER(_Request)),
+                ("finish", ctypes.c_int, pointer, ctypes.POINTER(_Result)),
+                ("wait", None, pointer, pointer),
+            ):
+                function = getattr(library, f"host_copy_{name}")
+                function.restype, function.argtypes = result, arguments
+            return library, ""
+        reason = "built from other sources: install the package again"
+    return None, reason
+
+
+class _NativeJob:
+    """A job in the native pool."""
+
+    def __init__(self, workers: NativeWorkers, handle: int, work: Any) -> None:
+        self._workers, self._handle, self._work = workers, handle, work
+        self._times: tuple[float, float] | None = None
+        self._error: Exception | None = None
+
+    def done(self) -> bool:
+        if self._times is None:
+            result = _Result()
+            if not self._workers.library.host_copy_finish(self._handle, ctypes.byref(result)):
+                return False
+            self._times = (result.start_ns * 1e-9, result.end_ns * 1e-9)  # the clock of time.perf_counter
+            if result.error:
+                self._error = self._work.failure(result.error, result.position)
+            self._workers.ended(self)
+            del self._work
+        if self._error is not None:
+            raise self._error
+        return True
+
+    def wait(self) -> None:
+        """Block until the job is done; raises what it raised."""
+        if self._times is None:
+            self._workers.library.host_copy_wait(self._workers.pool, self._handle)
+        self.done()
+
+    def times(self) -> tuple[float, float]:
+        if self._times is None:
+            raise PipelineError("the copy isn't done yet")
+        return self._times
+
+
+class NativeWorkers:
+    """Copy workers in C. What they can't do (columns apart, foreign byte order, any other callable) NumPy does, in as
+    many Python threads."""
+
+    def __init__(self, count: int, instructions: str = "best") -> None:
+        self.library, reason = _library()
+        if self.library is None:
+            raise PipelineError(f"the native copy workers {reason}")
+        self.count = count
+        self.pool = self.library.host_copy_open(count, INSTRUCTIONS[instructions])
+        if not self.pool:
+            code = ctypes.get_errno()
+            raise OSError(code, f"can't start {count} copy workers: {os.strerror(code)}")
+        self._isa = self.library.host_copy_isa(self.pool).decode()
+        self._jobs: set[_NativeJob] = set()  # keeps their memory alive until they are done
+        self._threads = ThreadWorkers(count)
+        self._by_numpy = 0
+
+    @property
+    def description(self) -> str:
+        numpy = f", {self._by_numpy} copies by NumPy" if self._by_numpy else ""
+        return f"copy workers: {self.count} (native, {self._isa}{numpy})"
+
+    def submit(self, work: Job) -> Operation:
+        request = _request(work)
+        if request is None:
+            self._by_numpy += 1
+            return self._threads.submit(work)
+        handle = self.library.host_copy_submit(self.pool, ctypes.byref(request))
+        if not handle:
+            raise MemoryError(f"a copy job was refused: {os.strerror(ctypes.get_errno())}")
+        job = _NativeJob(self, handle, work)
+        self._jobs.add(job)
+        return job
+
+    def run(self, work: Job) -> None:
+        if _request(work) is None:
+            work()
+            return
+        job = self.submit(work)
+        assert isinstance(job, _NativeJob)
+        job.wait()
+
+    def ended(self, job: _NativeJob) -> None:
+        self._jobs.discard(job)
+
+    def close(self) -> None:
+        self._threads.close()
+        if self.pool:
+            self.library.host_copy_close(self.pool)
+            self.pool = None
+
+
+def _request(work: Job) -> _Request | None:
+    """What the native pool is asked for, or None where it can't do the job."""
+    if isinstance(work, TouchJob):
+        return _Request(kind=_TOUCH, background=1, target=_address(work.memory), rows=1, length=work.memory.nbytes)
+    if not isinstance(work, (CopyJob, ReadJob, WriteJob)) or work.cast not in _CASTS:
+        return None
+    cast = _CASTS[work.cast]
+    if isinstance(work, CopyJob):
+        source, target = work.source, work.target
+        if not (_is_plain(source) and _is_plain(target)) or (cast == 0 and source.dtype != target.dtype):
+            return None
+        return _Request(
+            kind=_COPY,
+            cast=cast,
+            streaming=work.streaming,
+            target=_address(target),
+            source=_address(source),
+            target_stride=target.strides[0],
+            source_stride=source.strides[0],
+            rows=len(target),
+            length=target.shape[1] * (target.itemsize if cast == 0 else 1),
+        )
+    rows = work.target if isinstance(work, ReadJob) else work.source
+    request = _Request(cast=cast, fd=work.fd, rows=1, length=rows.nbytes if cast == 0 else rows.size)
+    request.offset = work.position
+    if isinstance(work, ReadJob):
+        request.kind, request.target = _READ_FILE, _address(rows)
+    else:
+        request.kind, request.source = _WRITE_FILE, _address(rows)
+    return request
+
+
+def _address(array: HostArray) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _is_plain(array: HostArray) -> bool:
+    """Whether each row is contiguous and native-endian; rows may lie anywhere."""
+    return array.dtype.isnative and (array.strides[1] == array.itemsize or array.shape[1] <= 1)
+
+
+def open_workers(count: int) -> Workers:
+    """Copy workers: native ones, or Python threads where the library can't be used or PIPELINE_NATIVE_COPY is 0."""
+    if not native_copy():
+        return ThreadWorkers(count, "native ones switched off")
+    library, reason = _library()
+    return NativeWorkers(count) if library is not None else ThreadWorkers(count, f"the native ones {reason}")

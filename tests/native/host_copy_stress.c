@@ -1,0 +1,234 @@
+// Stresses csrc/host_copy.c under the sanitizers: jobs of every kind, all
+// instruction sets, several submitting threads, calls that fail.
+// tests/test_native_sanitizers.py builds and runs it. Exits 0 and says what it
+// did, or aborts.
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdio.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+static ssize_t troubled_pread(int fd, void* target, size_t bytes, off_t offset);
+static ssize_t troubled_pwrite(int fd, const void* source, size_t bytes, off_t offset);
+#define HOST_COPY_PREAD troubled_pread
+#define HOST_COPY_PWRITE troubled_pwrite
+#include "../../csrc/host_copy.c"
+
+#define CHECK(condition)                                                \
+  do {                                                                  \
+    if (!(condition)) {                                                 \
+      fprintf(stderr, "line %d: %s is not so\n", __LINE__, #condition); \
+      abort();                                                          \
+    }                                                                   \
+  } while (0)
+
+// One call in three moves a part only, one in seven is interrupted; `broken`
+// makes all fail from its position on.
+static atomic_int calls;
+static atomic_llong broken = -1;
+
+static int trouble(size_t* bytes, off_t offset) {
+  int n = atomic_fetch_add(&calls, 1);
+  if (atomic_load(&broken) >= 0 && offset >= atomic_load(&broken)) {
+    errno = EIO;
+    return 1;
+  }
+  if (n % 7 == 3) {
+    errno = EINTR;
+    return 1;
+  }
+  if (n % 3 == 1 && *bytes > 5) *bytes = *bytes / 2 + 1;
+  return 0;
+}
+
+static ssize_t troubled_pread(int fd, void* target, size_t bytes, off_t offset) {
+  return trouble(&bytes, offset) ? -1 : pread(fd, target, bytes, offset);
+}
+
+static ssize_t troubled_pwrite(int fd, const void* source, size_t bytes, off_t offset) {
+  return trouble(&bytes, offset) ? -1 : pwrite(fd, source, bytes, offset);
+}
+
+typedef struct {
+  uint64_t state;
+} dice;
+
+static uint64_t roll(dice* d, uint64_t sides) {
+  d->state = d->state * 6364136223846793005u + 1442695040888963407u;
+  return (d->state >> 33) % sides;
+}
+
+static host_copy_result finish(pool* p, job* j, dice* d) {
+  host_copy_result result;
+  CHECK(j);
+  if (roll(d, 2)) host_copy_wait(p, j);
+  while (!host_copy_finish(j, &result)) relax();
+  CHECK(result.start_ns <= result.end_ns);
+  return result;
+}
+
+static uint32_t odd_fp32(dice* d) {
+  static const uint32_t edges[] = {0,          0x80000000, 0x7f800000, 0xff800000, 0x7fc00000, 0x7f800001, 0xffffffff,
+                                   0x7f7fffff, 0x00000001, 0x3f808000, 0x3f818000, 0x477fefff, 0x477ff000, 0x33000000,
+                                   0x33000001, 0x387fe000, 0x38800000, 0x337fffff, 0x007fffff, 0x3f801000, 0x3f803000};
+  if (roll(d, 4) == 0) return edges[roll(d, sizeof edges / sizeof *edges)];
+  return (uint32_t)(roll(d, 1u << 16) << 16 | roll(d, 1u << 16));
+}
+
+// A copy or cast of rows with random lengths, strides and alignment against the
+// portable code, row by row. Exactly the bytes of the request lie in the
+// buffers, so that the address sanitizer sees one too many.
+static void copy_case(pool* p, dice* d) {
+  int cast = (int)roll(d, kNumCasts);
+  int64_t in = source_itemsize(cast), out = target_itemsize(cast);
+  int64_t rows = (int64_t)roll(d, 9), length = (int64_t)roll(d, roll(d, 8) ? 300 : 300000);
+  int64_t source_row = length * in + (int64_t)roll(d, 3) * 7, target_row = length * out + (int64_t)roll(d, 3) * 5;
+  int64_t shift = (int64_t)roll(d, 70);
+  size_t source_bytes = (size_t)(rows ? (rows - 1) * source_row + length * in : 0);
+  size_t target_bytes = (size_t)(rows ? (rows - 1) * target_row + length * out : 0);
+  char *source = malloc(source_bytes + 1), *memory = malloc(target_bytes + (size_t)shift + 1), *target = memory + shift;
+  char* expected = malloc(target_bytes + 1);
+  for (size_t i = 0; i + 4 <= source_bytes; i += 4) {
+    uint32_t bits = odd_fp32(d);
+    memcpy(source + i, &bits, 4);
+  }
+  for (size_t i = source_bytes & ~(size_t)3; i < source_bytes; i++) source[i] = 1;
+  memset(target, 0x5a, target_bytes);
+  memset(expected, 0x5a, target_bytes);
+
+  int backward = rows > 1 && roll(d, 4) == 0;
+  host_copy_request r = {.kind = COPY, .cast = cast, .streaming = (int)roll(d, 2), .background = roll(d, 4) == 0};
+  r.rows = rows, r.length = length, r.target = target, r.target_stride = target_row;
+  r.source = backward ? source + (rows - 1) * source_row : source;
+  r.source_stride = backward ? -source_row : source_row;
+  job* j = host_copy_submit(p, &r);
+  for (int64_t i = 0; i < rows; i++) {
+    copy_row(&kPortableCode, cast, 0, expected + i * target_row, (const char*)r.source + i * r.source_stride, length);
+  }
+  CHECK(finish(p, j, d).error == 0);
+  CHECK(!memcmp(target, expected, target_bytes));
+  free(source);
+  free(memory);
+  free(expected);
+}
+
+static void file_case(pool* p, dice* d) {
+  char path[] = "/tmp/host_copy_XXXXXX";
+  int fd = mkstemp(path);
+  CHECK(fd >= 0 && !unlink(path));
+  size_t bytes = roll(d, 3 << 20) + 1;
+  char *there = malloc(bytes), *back = malloc(bytes);
+  for (size_t i = 0; i < bytes; i++) there[i] = (char)roll(d, 256);
+  host_copy_request w = {
+      .kind = WRITE_FILE, .fd = fd, .source = there, .rows = 1, .length = (int64_t)bytes, .offset = 77};
+  host_copy_request r = {
+      .kind = READ_FILE, .fd = fd, .target = back, .rows = 1, .length = (int64_t)bytes, .offset = 77};
+  CHECK(finish(p, host_copy_submit(p, &w), d).error == 0);
+  CHECK(finish(p, host_copy_submit(p, &r), d).error == 0);
+  CHECK(!memcmp(there, back, bytes));
+  for (int cast = FP32_TO_BF16; cast < kNumCasts; cast++) {
+    // Through the file with a cast, against the cast in memory.
+    host_copy_request with = w;
+    with.cast = cast, with.length = (int64_t)bytes / 4;
+    char* expected = malloc((size_t)with.length * 4 + 1);
+    copy_row(&kPortableCode, cast, 0, expected, there, with.length);
+    CHECK(finish(p, host_copy_submit(p, &with), d).error == 0);
+    host_copy_request plain = r;
+    plain.length = with.length * target_itemsize(cast);
+    CHECK(finish(p, host_copy_submit(p, &plain), d).error == 0);
+    CHECK(!memcmp(back, expected, (size_t)plain.length));
+    CHECK(finish(p, host_copy_submit(p, &w), d).error == 0);
+    with = r;
+    with.cast = cast, with.length = (int64_t)bytes / 4;
+    CHECK(finish(p, host_copy_submit(p, &with), d).error == 0);
+    CHECK(!memcmp(back, expected, (size_t)plain.length));
+    free(expected);
+  }
+  CHECK(!ftruncate(fd, (off_t)(77 + bytes - 1)));
+  host_copy_result cut = finish(p, host_copy_submit(p, &r), d);
+  CHECK(cut.error == -1 && cut.position == (int64_t)(77 + bytes - 1));
+  close(fd);
+  free(there);
+  free(back);
+}
+
+static void touch_case(pool* p, dice* d) {
+  size_t bytes = roll(d, 9 << 20) + 1, skip = roll(d, 5000);
+  if (skip >= bytes) skip = 0;
+  char* memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  CHECK(memory != MAP_FAILED);
+  host_copy_request t = {.kind = TOUCH, .background = 1, .target = memory + skip, .rows = 1};
+  t.length = (int64_t)(bytes - skip);
+  memory[bytes - 1] = 9;
+  CHECK(finish(p, host_copy_submit(p, &t), d).error == 0);
+  CHECK(memory[bytes - 1] == 9 && memory[skip == bytes - 1 ? 0 : skip] == 0);
+  munmap(memory, bytes);
+}
+
+static pool* shared;
+
+static void* submit_and_finish(void* seed) {
+  dice d = {(uint64_t)(uintptr_t)seed};
+  for (int i = 0; i < 60; i++) {
+    copy_case(shared, &d);
+    if (i % 10 == 0) touch_case(shared, &d);
+    if (i % 20 == 0) file_case(shared, &d);
+  }
+  return NULL;
+}
+
+// Many small jobs in flight, their counters polled as the executor does it; the
+// pool is closed while some go on.
+static void burst_case(int workers) {
+  enum { kJobs = 500, kBytes = 3000 };
+  pool* p = host_copy_open(workers, kBestIsa);
+  CHECK(p);
+  char* source = calloc(kJobs, kBytes);
+  char* target = malloc((size_t)kJobs * kBytes);
+  job* jobs[kJobs];
+  for (int i = 0; i < kJobs; i++) {
+    host_copy_request r = {.kind = COPY, .streaming = i & 1, .background = i % 5 == 0, .rows = 3, .length = 1000};
+    r.source = source + i * kBytes, r.target = target + i * kBytes, r.source_stride = r.target_stride = 1000;
+    jobs[i] = host_copy_submit(p, &r);
+  }
+  host_copy_close(p);
+  for (int i = 0; i < kJobs; i++) {
+    host_copy_result result;
+    CHECK(host_copy_finish(jobs[i], &result) && !result.error);
+  }
+  CHECK(!memcmp(source, target, (size_t)kJobs * kBytes));
+  free(source);
+  free(target);
+}
+
+int main(void) {
+  dice d = {1};
+  for (int isa = kBestIsa; isa <= kPortable; isa++) {
+    for (int workers = 1; workers <= 4; workers += 3) {
+      pool* p = host_copy_open(workers, isa);
+      CHECK(p);
+      printf("%s, %d workers\n", host_copy_isa(p), workers);
+      for (int i = 0; i < 150; i++) copy_case(p, &d);
+      for (int i = 0; i < 10; i++) file_case(p, &d);
+      for (int i = 0; i < 10; i++) touch_case(p, &d);
+      atomic_store(&broken, 100);
+      host_copy_request w = {.kind = WRITE_FILE, .fd = -1, .source = &d, .rows = 1, .length = 8, .offset = 100};
+      host_copy_result failed = finish(p, host_copy_submit(p, &w), &d);
+      CHECK(failed.error == EIO && failed.position == 100);
+      atomic_store(&broken, -1);
+      host_copy_request unknown = {.kind = kNumKinds};
+      CHECK(!host_copy_submit(p, &unknown) && errno == EINVAL);
+      host_copy_close(p);
+    }
+  }
+  CHECK(!host_copy_open(0, kBestIsa) && errno == EINVAL);
+  for (int i = 0; i < 20; i++) burst_case(1 + i % 4);
+  shared = host_copy_open(3, kBestIsa);
+  pthread_t threads[3];
+  for (uintptr_t i = 0; i < 3; i++) CHECK(!pthread_create(&threads[i], NULL, submit_and_finish, (void*)(i + 2)));
+  for (int i = 0; i < 3; i++) pthread_join(threads[i], NULL);
+  host_copy_close(shared);
+  puts("done");
+  return 0;
+}

@@ -1,0 +1,353 @@
+"""The copy workers: the native library against NumPy and torch, its errors, its absence, and casts on the wire."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import mmap
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from device_tests import assert_same_bits, batches_of, poisoned, random_layer, random_rows, small_rings, wait_until
+
+from pipeline import FileFormatError, FusedLinear, OptionError, OutputError, Pipeline, PipelineError, run_pipelined
+from pipeline.arrays import HostArray, host_tensor
+from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, DType
+from pipeline.io import native
+from pipeline.io.jobs import Cast, CopyJob, Job, ReadJob, TouchJob, WriteJob
+from pipeline.io.native import INSTRUCTIONS, NativeWorkers, open_workers
+from pipeline.io.staging import ThreadWorkers
+
+ROOT = Path(__file__).resolve().parents[1]
+CASTS = [Cast(FLOAT32, BFLOAT16), Cast(FLOAT32, FLOAT16), Cast(BFLOAT16, FLOAT32), Cast(FLOAT16, FLOAT32)]
+
+
+@pytest.fixture(params=[*INSTRUCTIONS, "NumPy"])
+def workers(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Native workers of every kind, and the Python threads that stand in for them."""
+    kind: str = request.param
+    made: Any = ThreadWorkers(3) if kind == "NumPy" else NativeWorkers(3, kind)
+    assert kind in ("best", "NumPy") or kind in made.description or "portable" in made.description
+    yield made
+    made.close()
+
+
+def finish(operation: Any) -> None:
+    assert wait_until(operation.done)
+
+
+def test_native_library_is_built_wherever_there_is_a_compiler() -> None:
+    """Otherwise every other test here would quietly run NumPy."""
+    if shutil.which("cc") is None and shutil.which("gcc") is None:
+        pytest.skip("no C compiler")
+    library, reason = native._library()
+    assert library is not None, f"the native copy workers are {reason}; pip install -e . builds them"
+    sources = [(ROOT / "csrc" / name).read_bytes() for name in ("host_copy.c", "host_move.h")]
+    assert library.host_copy_source().decode() == hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+
+
+# -- copies and casts --------------------------------------------------------------------------------------------------
+
+
+def edge_values(dtype: DType) -> HostArray:
+    """Every bit pattern of a 16-bit type; for float32 those around every 16-bit value's roundings, and random bits."""
+    if dtype.itemsize == 2:
+        return np.arange(2**16, dtype=np.uint16).view(dtype.carrier)
+    upper = np.arange(2**16, dtype=np.uint32) << 16
+    lower = np.array([0, 1, 0x0FFF, 0x1000, 0x1001, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    noise = np.random.default_rng(0).integers(0, 2**32, 100_000, np.uint32)
+    return np.concatenate([(upper[:, None] | lower).ravel(), noise]).view(np.float32)
+
+
+def by_torch(values: HostArray, cast: Cast) -> HostArray:
+    tensor = host_tensor(values.copy(), cast.source).to(getattr(torch, cast.target.name))
+    return tensor.view(torch.uint16 if cast.target is BFLOAT16 else tensor.dtype).numpy()
+
+
+def assert_same_numbers(got: HostArray, expected: HostArray, dtype: DType) -> None:
+    """The same bits, but for the payloads of NaN."""
+    bits = np.dtype(f"u{dtype.itemsize}")
+    nan = np.isnan(host_tensor(got.copy(), dtype).float().numpy())
+    expected_nan = np.isnan(host_tensor(expected.copy(), dtype).float().numpy())
+    assert (nan == expected_nan).all(), "NaN must stay NaN and nothing else become it"
+    assert (got.view(bits)[~nan] == expected.view(bits)[~nan]).all()
+
+
+@pytest.mark.parametrize("cast", CASTS, ids=lambda cast: f"{cast.source}-{cast.target}")
+def test_cast_of_every_kind_of_number_is_torchs(cast: Cast, workers: Any) -> None:
+    source = edge_values(cast.source)
+    target = np.full(source.shape, 7, cast.target.carrier)
+    finish(workers.submit(CopyJob(target[None], source[None], cast)))
+    assert_same_numbers(target, by_torch(source, cast), cast.target)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("cast", [None, *CASTS], ids=lambda cast: f"{cast.source}-{cast.target}" if cast else "copy")
+def test_copy_of_rows_of_any_strides_touches_nothing_else(cast: Cast | None, streaming: bool, workers: Any) -> None:
+    source_dtype, target_dtype = cast or (FLOAT32, FLOAT32)
+    choose = np.random.default_rng(1)
+    jobs = []
+    for rows, features in itertools.product((0, 1, 3, 50), (1, 7, 64, 1000, 70_001)):
+        if rows * features > 300_000:
+            continue
+        wide = random_rows(rows + 2, features + 5, seed=rows).astype(np.float32)
+        if source_dtype.itemsize == 2:
+            wide = (wide.view(np.uint32) >> 16).astype(np.uint16).view(source_dtype.carrier)
+        memory = np.full((2 * rows + 2, features + 9), 7, target_dtype.carrier)
+        shift = int(choose.integers(0, 4))
+        source, target = wide[1:-1, shift : shift + features], memory[1:-1:2, 1 + shift : 1 + shift + features]
+        if rows % 2:
+            source = source[::-1]
+        jobs.append((workers.submit(CopyJob(target, source, cast, streaming)), target, source, memory))
+    for job, target, source, memory in jobs:
+        finish(job)
+        start, end = job.times()
+        assert start <= end
+        expected = by_torch(np.ascontiguousarray(source), cast) if cast else source
+        assert_same_numbers(np.ascontiguousarray(target), np.ascontiguousarray(expected), target_dtype)
+        target[...] = 7
+        assert (memory == 7).all(), "the copy wrote outside its target"
+
+
+def test_what_the_native_pool_cannot_do_numpy_does() -> None:
+    x = random_rows(60, 40)
+    sources = [np.asfortranarray(x), x.astype(">f4"), np.repeat(x, 2, axis=1)[:, ::2]]
+    workers = NativeWorkers(2)
+    try:
+        for source in sources:
+            target = poisoned(x.shape)
+            workers.run(CopyJob(target, source))
+            assert_same_bits(target, x)
+            target = poisoned(x.shape)
+            finish(workers.submit(CopyJob(target, source)))
+            assert_same_bits(target, x)
+        assert "3 copies by NumPy" in workers.description
+    finally:
+        workers.close()
+
+
+def test_many_jobs_from_many_threads_each_end_once() -> None:
+    workers = NativeWorkers(4)
+    source = random_rows(400, 1000)
+    targets = [poisoned(source.shape) for _ in range(4)]
+
+    def submit(target: HostArray) -> None:
+        jobs = [
+            workers.submit(CopyJob(target[i : i + 4], source[i : i + 4], None, i % 8 == 0)) for i in range(0, 400, 4)
+        ]
+        for job in jobs:
+            finish(job)
+
+    threads = [threading.Thread(target=submit, args=(target,)) for target in targets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for target in targets:
+        assert_same_bits(target, source)
+    assert not workers._jobs, "a job that is done is forgotten"
+    workers.close()
+
+
+def test_close_lets_queued_jobs_end() -> None:
+    workers = NativeWorkers(1)
+    source, target = random_rows(2000, 2000), poisoned((2000, 2000))
+    job = workers.submit(CopyJob(target, source))
+    workers.close()
+    assert_same_bits(target, source)
+    assert job is not None
+
+
+# -- files and pages ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cast", [None, *CASTS], ids=lambda cast: f"{cast.source}-{cast.target}" if cast else "plain")
+def test_file_jobs_cast_on_the_way(cast: Cast | None, workers: Any, tmp_path: Path) -> None:
+    source_dtype, target_dtype = cast or (FLOAT32, FLOAT32)
+    values = random_rows(700, 1001).astype(np.float32)
+    if source_dtype.itemsize == 2:
+        values = (values.view(np.uint32) >> 16).astype(np.uint16).view(source_dtype.carrier)
+    expected = by_torch(values, cast) if cast else values
+    path = tmp_path / "rows"
+    path.write_bytes(b"header!" + values.tobytes())
+    fd = os.open(path, os.O_RDWR)
+    try:
+        target = np.full(values.shape, 7, target_dtype.carrier)
+        finish(workers.submit(ReadJob(target, fd, 7, path, cast)))
+        assert_same_numbers(target, expected, target_dtype)
+        finish(workers.submit(WriteJob(values, fd, 3, path, cast)))
+        written = path.read_bytes()
+        assert written[:3] == b"hea" and written[3 : 3 + expected.nbytes] == target.tobytes()
+    finally:
+        os.close(fd)
+
+
+def test_file_jobs_name_what_failed(workers: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(bytes(5000))
+    rows = np.zeros((10, 200), np.float32)
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with pytest.raises(FileFormatError, match=r"rows ended at byte 5000, 3007 bytes early"):
+            finish(workers.submit(ReadJob(rows, fd, 7, path)))
+        with pytest.raises(OutputError, match=r"rows failed: Bad file descriptor; free space"):
+            finish(workers.submit(WriteJob(rows, fd, 0, path)))
+        with pytest.raises(OutputError):
+            workers.run(WriteJob(rows, fd, 0, path))
+    finally:
+        os.close(fd)
+    with pytest.raises(OSError, match="Bad file descriptor") as caught:
+        finish(workers.submit(ReadJob(rows, -1, 0, path)))
+    assert caught.value.errno == errno.EBADF
+
+
+def test_touch_maps_pages_and_changes_nothing(workers: Any) -> None:
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    fresh = np.frombuffer(mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    part = fresh[12345:-54321]
+    part[7], part[-1] = 5, 6
+    before = resident_bytes()
+    for _ in range(2):
+        finish(workers.submit(TouchJob(part)))
+        assert part[7] == 5 and part[-1] == 6 and not part[8:-1].any()
+    assert resident_bytes() > before + part.nbytes // 2
+
+
+def test_touch_that_fails_is_named() -> None:
+    job = TouchJob(np.empty(10, np.uint8))
+    assert isinstance(job.failure(errno.ENOMEM, 0), MemoryError)
+    assert "Cannot allocate memory" in str(job.failure(errno.ENOMEM, 0))
+
+
+# -- which workers -----------------------------------------------------------------------------------------------------
+
+
+def test_workers_are_native_unless_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = open_workers(2)
+    assert "native" in made.description and "NumPy" not in made.description
+    made.close()
+    monkeypatch.setenv("PIPELINE_NATIVE_COPY", "0")
+    made = open_workers(2)
+    assert made.description == "copy workers: 2 (NumPy; native ones switched off)"
+    made.close()
+
+
+@pytest.mark.parametrize("kind", ["absent", "broken", "stale"])
+def test_workers_that_cannot_load_are_replaced_and_the_report_says_why(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "pipeline" / "io"
+    package.mkdir(parents=True)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    if kind == "broken":
+        (package.parent / "_host_copy.so").write_bytes(b"not a library")
+    if kind == "stale":
+        (built,) = (ROOT / "pipeline").glob("_host_copy*.so")
+        shutil.copy(built, package.parent)
+        (tmp_path / "csrc" / "host_move.h").write_text("// changed since\n")
+    monkeypatch.setattr(native, "__file__", str(package / "native.py"))
+    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+    reason = {"absent": "not built", "broken": "can't be loaded", "stale": "other sources"}[kind]
+    layer, x = random_layer(16, 8), np.asfortranarray(random_rows(100, 16))
+    result = run_pipelined(layer, x, devices="cpu")
+    assert_same_bits(result.out, layer(x))
+    assert "NumPy" in result.stats.copy_workers and reason in result.stats.copy_workers
+    with pytest.raises(PipelineError, match=reason):
+        NativeWorkers(1)
+
+
+def test_workers_that_cannot_start_say_so() -> None:
+    with pytest.raises(OSError, match="can't start 0 copy workers: Invalid argument"):
+        NativeWorkers(0)
+
+
+# -- casts on the wire -------------------------------------------------------------------------------------------------
+
+
+def wire_result(layer: FusedLinear, x: HostArray, wire: str) -> torch.Tensor:
+    """The layer computed in the wire's type: weights, rows and results are rounded to it."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[wire]
+    weight, bias = (torch.from_numpy(a).to(dtype) for a in (layer.weight, layer.bias))
+    narrow: torch.Tensor = FusedLinear(weight, bias, layer.scaling_factor)(torch.from_numpy(x).to(dtype))
+    return narrow
+
+
+@pytest.mark.parametrize("wire", ["bf16", "fp16"])
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_wire_dtype_halves_the_bytes_and_keeps_the_results_type(
+    device: str, wire: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_rings(monkeypatch, 2000)
+    layer, x = random_layer(37, 29), random_rows(333, 37)
+    expected = wire_result(layer, x, wire).float().numpy()
+    np.save(tmp_path / "x.npy", x)
+    with Pipeline(layer, devices=device, chunk_rows=40, wire_dtype=wire) as pipeline:
+        result = pipeline.run(x)
+        assert result.out.dtype == np.float32
+        assert result.stats.stages["H2D"].bytes == x.nbytes // 2
+        assert result.stats.stages["D2H"].bytes == expected.nbytes // 2
+        assert result.stats.bytes_in == x.nbytes and result.stats.bytes_out == expected.nbytes
+        assert result.stats.wire == {"bf16": "bfloat16", "fp16": "float16"}[wire]
+        assert_same_bits(result.out, expected)
+        out = np.asfortranarray(poisoned(expected.shape))
+        assert_same_bits(pipeline.run(np.asfortranarray(x), out).out, expected)
+        assert_same_bits(pipeline.run(torch.from_numpy(x)).out, torch.from_numpy(expected))
+        assert_same_bits(pipeline.run(batches_of(x, [50, 7, 91])).out, expected)
+        assert_same_bits(np.concatenate(list(pipeline.stream([x[:100], x[100:]]))), expected)
+        assert_same_bits(np.load(pipeline.run(tmp_path / "x.npy", tmp_path / "y.npy").out), expected)
+
+
+def test_wire_dtype_with_an_out_dtype_of_its_size_needs_no_cast_back() -> None:
+    layer, x = random_layer(37, 29), random_rows(333, 37)
+    narrow = wire_result(layer, x, "bf16")
+    with Pipeline(layer, devices="cpu", wire_dtype="bf16", out_dtype="bf16") as pipeline:
+        result = pipeline.run(torch.from_numpy(x))
+        assert result.out.dtype == torch.bfloat16 and result.stats.stages["drain"].count == 0
+        assert_same_bits(result.out, narrow)
+    out = run_pipelined(layer, x, devices="cpu", wire_dtype="bf16", out_dtype="fp16").out
+    assert out.dtype == np.float16
+    assert np.allclose(out, narrow.float().numpy(), rtol=2**-7, atol=2**-7)
+
+
+def test_wire_dtype_of_the_layer_itself_changes_nothing() -> None:
+    layer, x = random_layer(37, 29, "float16"), random_rows(50, 37, "float16")
+    assert_same_bits(run_pipelined(layer, x, devices="cpu", wire_dtype="fp16").out, layer(x))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "text"),
+    [
+        ("float16", {"wire_dtype": "bf16"}, "wire_dtype is bfloat16 for a layer of float16"),
+        ("float64", {"wire_dtype": "fp16"}, "wire_dtype is float16 for a layer of float64"),
+        ("float32", {"wire_dtype": "float64"}, "wire_dtype is float64 for a layer of float32"),
+        ("float32", {"wire_dtype": "int8"}, "wire_dtype is int8, expected one of"),
+        ("float32", {"wire_dtype": "bf16", "out_dtype": "float64"}, "out_dtype float64"),
+    ],
+)
+def test_wire_dtype_that_makes_no_sense_is_refused(dtype: str, options: dict[str, Any], text: str) -> None:
+    with pytest.raises((OptionError, PipelineError), match=text):
+        Pipeline(random_layer(4, 4, dtype), devices="cpu", **options)
+
+
+def test_fresh_results_can_do_without_touching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The off switch: no job that maps pages is submitted."""
+    submitted: list[Job] = []
+    submit = ThreadWorkers.submit
+    monkeypatch.setattr(ThreadWorkers, "submit", lambda self, work: submitted.append(work) or submit(self, work))
+    monkeypatch.setenv("PIPELINE_NATIVE_COPY", "0")
+    layer, x = random_layer(37, 29), random_rows(333, 37)
+    for switch, expected in (("1", True), ("0", False)):
+        monkeypatch.setenv("PIPELINE_TOUCH_AHEAD", switch)
+        submitted.clear()
+        run_pipelined(layer, x, devices="cpu", wire_dtype="bf16")
+        assert any(isinstance(job, TouchJob) for job in submitted) is expected
