@@ -43,6 +43,7 @@ from pipeline.timeline import Timeline, device_use, from_recorders
 from pipeline.trace import check_trace, write_trace
 
 _run_numbers = itertools.count()
+_FEWEST_CHUNKS, _FEWEST_ROWS = 8, 256  # of an automatic choice; a kernel on fewer rows leaves multiprocessors idle
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class Pipeline:
 
     Args:
         layer: the fused layer.
-        chunk_rows: rows of one kernel launch, or "auto" (the wider side of a chunk is about 32 MiB).
+        chunk_rows: rows of one kernel launch, or "auto" (the wider side of a chunk is about 32 MiB; less for a
+            source with few rows, so that its copies and kernels overlap).
         num_streams: chunks in flight on a device, each on its own stream, or "auto" (6).
         devices: None (every visible GPU, or the CPU where there is none), a name ("cpu", "cuda", "cuda:1", "sim") or
             a list of names that share the work.
@@ -123,6 +125,7 @@ class Pipeline:
         self.layer = layer
         self.out_dtype: DType = layer.dtype if out_dtype is None else parse_dtype(out_dtype, "out_dtype")
         self.wire_in, self.wire_out = _wire_dtypes(layer, wire_dtype, self.out_dtype)
+        self._chooses_rows = chunk_rows == "auto"
         self.chunk_rows = _whole_number(chunk_rows, "chunk_rows") or _auto_chunk_rows(
             layer, self.wire_in, self.wire_out
         )
@@ -326,7 +329,7 @@ class Pipeline:
         ranges, number = Ranges(), next(_run_numbers)
         start = lanes[0].device.now()
         gather = Gather(self._gather_buffers(), self.num_streams * len(lanes) + 1, lanes[0].workers.run)
-        feed = source.feed(self.chunk_rows, gather, self.wire_in)
+        feed = source.feed(self._rows_a_chunk(source, len(lanes)), gather, self.wire_in)
         errors: list[BaseException] = []
 
         def run(lane: _Lane, recorder: Recorder) -> None:
@@ -364,14 +367,21 @@ class Pipeline:
         return done.rows, seconds, from_recorders(recorders, start, hardware), recorders
 
     def _ceiling_rows_per_s(self, lanes: list[_Lane]) -> float | None:
-        layer, out_dtype = self.layer, self.out_dtype or self.layer.dtype
+        layer = self.layer
         return ceiling_rows_per_s(
             self.ceilings,
             [lane.device.name for lane in lanes],
-            layer.in_features * layer.dtype.itemsize,
-            layer.out_features * out_dtype.itemsize,
+            layer.in_features * self.wire_in.itemsize,
+            layer.out_features * self.wire_out.itemsize,
             2 * layer.in_features * layer.out_features,
         )
+
+    def _rows_a_chunk(self, source: Source, devices: int) -> int:
+        """The rows of a run's chunks: `chunk_rows`, or fewer where they were to be chosen and the source is short."""
+        if not self._chooses_rows or source.rows is None:
+            return self.chunk_rows
+        share = -(-source.rows // (_FEWEST_CHUNKS * devices))
+        return min(self.chunk_rows, max(_FEWEST_ROWS, -(-share // 128) * 128))
 
     def _gather_buffers(self) -> Callable[[int], HostArray]:
         """Allocates pinned chunk buffers for sources that gather rows, reusing those of earlier runs."""
@@ -414,7 +424,7 @@ class Pipeline:
             precision=layer.precision,
             runs_as=lanes[0].device.runs_as,
             wire=self.wire_in.name,
-            chunk_rows=self.chunk_rows,
+            chunk_rows=self._rows_a_chunk(source, len(lanes)),
             num_streams=self.num_streams,
             chunks=stages["kernel"].count,
             copy_workers=lanes[0].workers.description,

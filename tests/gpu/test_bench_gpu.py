@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "kernel": ("--smoke", "--rounds", "1", "--burst-ms", "1", "--peer", "linear", "--peer", "eager"),
     "launch": ("--rounds", "1", "--calls", "20"),
-    "stream": ("--gib", "0.05", "--features", "512", "--rounds", "1", "--memory", "pinned", "pageable"),
+    "stream": ("--gib", "0.05", "--features", "512", "--rounds", "1", "--quick"),
     "file": ("--gib", "0.05", "--features", "512"),
 }
 

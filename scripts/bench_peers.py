@@ -1,0 +1,117 @@
+"""What people write instead, host to host through torch's own layer, and the bus's bare ceiling.
+
+Every recipe is a function of the source x and the result y, torch tensors on the host, and the layer on the GPU.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+COPY_BYTES = 64 * 2**20
+
+
+def torch_layer(torch: Any, layer: Any) -> Callable[[Any], Any]:
+    """The layer as torch code runs it: a linear layer with bias in tf32, then two elementwise kernels."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    weight, bias = torch.from_numpy(layer.weight).cuda(), torch.from_numpy(layer.bias).cuda()
+
+    def forward(x: Any) -> Any:
+        z = torch.nn.functional.linear(x, weight, bias)
+        return torch.add(z, torch.sigmoid(z), alpha=layer.scaling_factor)
+
+    return forward
+
+
+def bare_copies(torch: Any, x: Any, y: Any) -> float:
+    """Seconds of nothing but copies of pinned x to the GPU and of y back, both at once: the ceiling of any recipe."""
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+
+    def buffers(host: Any) -> tuple[int, list[Any]]:
+        rows = min(len(host), max(1, COPY_BYTES // (host.shape[1] * host.element_size())))
+        return rows, [torch.empty_like(host[:rows], device="cuda") for _ in range(2)]
+
+    (rows_in, device_in), (rows_out, device_out) = buffers(x), buffers(y)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for i in range(max(-(-len(x) // rows_in), -(-len(y) // rows_out))):
+        part = x[i * rows_in : (i + 1) * rows_in]
+        with torch.cuda.stream(streams[0]):
+            device_in[i % 2][: len(part)].copy_(part, non_blocking=True)
+        part = y[i * rows_out : (i + 1) * rows_out]
+        with torch.cuda.stream(streams[1]):
+            part.copy_(device_out[i % 2][: len(part)], non_blocking=True)
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def naive_loop(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows: int) -> None:
+    """One line a chunk: to the GPU, through the layer, back, into the result."""
+    for row in range(0, len(x), rows):
+        y[row : row + rows] = forward(x[row : row + rows].cuda()).cpu()
+
+
+def copied_back(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows: int) -> None:
+    """The same with the result copied straight into its place."""
+    for row in range(0, len(x), rows):
+        y[row : row + rows].copy_(forward(x[row : row + rows].cuda()))
+
+
+def double_buffered(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows: int) -> None:
+    """What a good engineer writes: two pinned buffers each way, two streams, copies on all threads, events."""
+    host_in = [torch.empty(rows, x.shape[1], pin_memory=True) for _ in range(2)]
+    host_out = [torch.empty(rows, y.shape[1], pin_memory=True) for _ in range(2)]
+    streams, done = [torch.cuda.Stream() for _ in range(2)], [torch.cuda.Event() for _ in range(2)]
+    starts = list(range(0, len(x), rows))
+
+    def collect(i: int) -> None:
+        done[i % 2].synchronize()
+        part = y[starts[i] : starts[i] + rows]
+        part.copy_(host_out[i % 2][: len(part)])
+
+    for i, row in enumerate(starts):
+        if i >= 2:
+            collect(i - 2)
+        part = x[row : row + rows]
+        host_in[i % 2][: len(part)].copy_(part)
+        with torch.cuda.stream(streams[i % 2]):
+            result = forward(host_in[i % 2][: len(part)].to("cuda", non_blocking=True))
+            host_out[i % 2][: len(part)].copy_(result, non_blocking=True)
+            done[i % 2].record()
+    for i in range(max(0, len(starts) - 2), len(starts)):
+        collect(i)
+
+
+def data_loader(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows: int, workers: int) -> None:
+    """torch's DataLoader with pin_memory; batches are slices, results are copied into their place."""
+    parts = [(row, x[row : row + rows]) for row in range(0, len(x), rows)]
+    loader = torch.utils.data.DataLoader(parts, batch_size=None, pin_memory=True, num_workers=workers)
+    for row, part in loader:
+        y[row : row + len(part)].copy_(forward(part.to("cuda", non_blocking=True)))
+
+
+def kvikio_file(torch: Any, forward: Callable[[Any], Any], path: str, offset: int, y: Any, rows: int) -> None:
+    """KvikIO reads a file's rows into the GPU, two chunks in turns; results go to pinned memory."""
+    import kvikio
+
+    width = y.shape[1]
+    buffers = [torch.empty(rows, width, device="cuda") for _ in range(2)]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    starts = list(range(0, len(y), rows))
+    with kvikio.CuFile(path, "r") as file:
+
+        def read(i: int) -> Any:
+            count = min(rows, len(y) - starts[i])
+            streams[i % 2].synchronize()
+            return file.pread(buffers[i % 2][:count], count * width * 4, offset + starts[i] * width * 4)
+
+        pending = read(0)
+        for i, row in enumerate(starts):
+            pending.get()
+            if i + 1 < len(starts):
+                pending = read(i + 1)
+            with torch.cuda.stream(streams[i % 2]):
+                part = y[row : row + rows]
+                part.copy_(forward(buffers[i % 2][: len(part)]), non_blocking=True)
+    torch.cuda.synchronize()
