@@ -32,6 +32,7 @@ from pipeline.errors import (
 if TYPE_CHECKING:
     from pipeline.api import Pipeline, Progress, Result, run_pipelined
     from pipeline.layer import FusedLinear
+    from pipeline.pinned import Pinned, pin
     from pipeline.report import Stats
     from pipeline.torch_op import GemmSigmoidScalingResidualAdd, fused_gemm_sigmoid_scale_add
 
@@ -51,6 +52,7 @@ __all__ = [
     "OptionError",
     "OutputError",
     "OutputExistsError",
+    "Pinned",
     "Pipeline",
     "PipelineError",
     "Progress",
@@ -59,6 +61,7 @@ __all__ = [
     "Stats",
     "__version__",
     "fused_gemm_sigmoid_scale_add",
+    "pin",
     "run_pipelined",
 ]
 
@@ -66,6 +69,8 @@ _HOMES = {
     "FusedLinear": "pipeline.layer",
     "GemmSigmoidScalingResidualAdd": "pipeline.torch_op",
     "fused_gemm_sigmoid_scale_add": "pipeline.torch_op",
+    "Pinned": "pipeline.pinned",
+    "pin": "pipeline.pinned",
     "Pipeline": "pipeline.api",
     "Progress": "pipeline.api",
     "Result": "pipeline.api",

@@ -35,7 +35,7 @@ from pipeline.io.batches import BatchSink, BatchSource
 from pipeline.io.jobs import Cast, CopyJob
 from pipeline.io.native import open_workers
 from pipeline.io.rows import Chunk, Gather, Sink, Source
-from pipeline.io.sinks import open_sink, wrapper
+from pipeline.io.sinks import CudaSink, open_sink, wrapper
 from pipeline.io.sources import CudaSource, open_source
 from pipeline.layer import FusedLinear
 from pipeline.report import Stats, advice, bound, ceiling_rows_per_s, mean_share, stage_stats
@@ -210,11 +210,11 @@ class Pipeline:
 
         Args:
             source: (rows, in_features) of the layer's element type: a NumPy array or memmap of any strides and byte
-                order, a torch CPU tensor (pinned memory is used in place), a CUDA tensor, the path of a .npy file, or
-                an iterable of batches with any number of rows each.
+                order, a torch CPU tensor (pinned memory is used in place, see `pin`), a CUDA tensor, the path of a
+                .npy file, or an iterable of batches with any number of rows each.
             out: None (a new array or tensor of the source's kind comes back), an array or tensor
-                (rows, out_features), or the path of a .npy file to write. A file appears under its name only when
-                it is complete.
+                (rows, out_features), also a CUDA tensor, or the path of a .npy file to write. A file appears under
+                its name only when it is complete.
             overwrite: replace an existing output file.
             progress: called with a `Progress` after each chunk, from the thread that runs its device.
             trace: a file for the run's timeline, replaced if it exists: .json for Perfetto and Chrome's trace viewer,
@@ -298,20 +298,23 @@ class Pipeline:
             raise PipelineError("this Pipeline is closed; make a new one")
         return _Exclusive(self._busy)
 
-    def _lanes_for(self, source: Source) -> list[_Lane]:
-        """The devices that take part: a CUDA tensor is computed where it is."""
-        if not isinstance(source, CudaSource):
-            return self._lanes
-        if self.wire_in is not self.layer.dtype:
+    def _lanes_for(self, source: Source, sink: Sink) -> list[_Lane]:
+        """The devices that take part: with a CUDA tensor at either end, the one that it is on."""
+        ends = {"source": source.tensor} if isinstance(source, CudaSource) else {}
+        if ends and self.wire_in is not self.layer.dtype:
             raise OptionError("wire_dtype is for rows that cross the bus, the source is a CUDA tensor; leave it out")
-        device = f"cuda:{source.tensor.device.index}"
-        lanes = [lane for lane in self._lanes if lane.device.name == device]
-        if not lanes:
-            raise OptionError(
-                f"the source is on {device}, this run uses {', '.join(self.device_names)}; pass devices={device!r}, or "
-                f"the tensor's .cpu()"
-            )
-        lanes[0].device.order_after(source.tensor)
+        if isinstance(sink, CudaSink):
+            ends["out"] = sink.tensor
+        lanes = self._lanes
+        for what, tensor in ends.items():
+            device = f"cuda:{tensor.device.index}"
+            lanes = [lane for lane in lanes if lane.device.name == device]
+            if not lanes:
+                raise OptionError(
+                    f"{what} is on {device}, this run uses {', '.join(self.device_names)}; pass devices={device!r}, or "
+                    f"the tensor's .cpu()"
+                )
+            lanes[0].device.order_after(tensor)
         return lanes
 
     def _run(
@@ -323,7 +326,7 @@ class Pipeline:
         keep: int = KEPT,
     ) -> tuple[int, float, Timeline, list[Recorder]]:
         """Run all devices to the end of the source: rows done, seconds, what was recorded."""
-        lanes = self._lanes_for(source)
+        lanes = self._lanes_for(source, sink)
         recorders = [Recorder(lane.device.name, keep) for lane in lanes]
         done = _Count(source.rows, progress, self._ceiling_rows_per_s(lanes))
         ranges, number = Ranges(), next(_run_numbers)

@@ -134,14 +134,23 @@ def check_gpu_out(x: torch.Tensor, out: Any, out_features: int) -> None:
         where = out.device if is_torch(out) else type(out).__name__
         raise OptionError(f"out is on {where}, x is on {x.device}; they must be on one GPU")
     check_out(tuple(out.shape), (x.shape[0], out_features))
+    check_gpu_layout(out)
+    if overlaps(byte_range(x), byte_range(out)):
+        raise OptionError("out overlaps x; pass other memory, the layer can't run in place")
+
+
+def check_gpu_layout(out: torch.Tensor) -> None:
+    """Check that kernels can write a CUDA tensor.
+
+    Raises:
+        DTypeError, OptionError: element type or strides.
+    """
     if parse_dtype(out.dtype, "out dtype") is FLOAT64:
         raise DTypeError("out is float64, which only the CPU computes; pass float32, bfloat16 or float16")
     if out.stride(1) != 1 and out.shape[1] > 1:
         raise OptionError(f"out has strides {out.stride()}, expected contiguous rows (the last stride 1)")
     if out.shape[0] > 1 and out.stride(0) < out.shape[1]:
         raise OptionError(f"out has strides {out.stride()}: its rows overlap each other")
-    if overlaps(byte_range(x), byte_range(out)):
-        raise OptionError("out overlaps x; pass other memory, the layer can't run in place")
 
 
 class HostWeights:

@@ -228,6 +228,24 @@ def without_touch(pipe: Any, x: Any) -> Any:
         executor.staging = staging
 
 
+def case_pin(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+    """Ordinary memory registered with pipeline.pin: what registering costs, and the runs after it."""
+    from pipeline import Pipeline, pin
+
+    x, y = bench.x.numpy(), bench.y.numpy()
+    start = time.perf_counter()
+    with pin(x), pin(y):
+        pinned_s = time.perf_counter() - start
+        with Pipeline(bench.layer, devices="cuda:0") as pipe:
+            pipe.run(x, y)
+            found = bench.compare({"pipeline, pinned by pin()": (lambda: pipe.run(x, y), bench.y)}, options.rounds)
+        start = time.perf_counter()
+    found["pin_seconds"], found["unpin_seconds"] = pinned_s, time.perf_counter() - start
+    show("ordinary memory, registered", found)
+    print(f"  registering took {pinned_s:.2f} s, unregistering {found['unpin_seconds']:.2f} s")
+    return {"registered": found}
+
+
 def case_sweep(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Ordinary to ordinary memory for many rings, worker counts and ways to wait."""
     from pipeline import Pipeline
@@ -429,12 +447,25 @@ if ready:
 before = status("VmRSS")
 moments = []
 start = time.perf_counter()
-result = pipeline.run_pipelined(layer, x, y, devices="cuda:0", progress=lambda p: moments.append(time.perf_counter()))
+if sys.argv[5] == "whole":
+    result = pipeline.run_pipelined(
+        layer, x, y, devices="cuda:0", progress=lambda p: moments.append(time.perf_counter())
+    )
+    imported = opened = start
+else:  # the same in steps
+    from pipeline import Pipeline
+    imported = time.perf_counter()
+    with Pipeline(layer, devices="cuda:0") as pipe:
+        opened = time.perf_counter()
+        result = pipe.run(x, y, progress=lambda p: moments.append(time.perf_counter()))
 end = time.perf_counter()
 assert not np.isnan(y[-1]).any()
 print(json.dumps({
     "first_chunk_s": moments[0] - start,
     "seconds": end - start,
+    "import_s": imported - start,
+    "open_s": opened - imported,
+    "run_to_first_chunk_s": moments[0] - opened,
     "pinned_bytes": result.stats.pinned_bytes,
     "array_bytes": arrays,
     "resident_before_bytes": before - arrays,
@@ -448,27 +479,30 @@ def case_start(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """The first chunk after the call and resident memory, each in a process of its own, at two sizes."""
     features = bench.layer.in_features
     results: dict[str, Any] = {}
-    for context_ready in ("context", "no context"):
-        for gib in (options.gib / 4, options.gib):
-            rows = int(gib * GIB) // (4 * features)
-            command = [sys.executable, "-c", START_JOB, str(rows), str(features), bench.precision, context_ready]
-            found = []
-            for _ in range(1 + min(3, options.rounds)):  # the first one warms the caches
-                done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(done.stderr)
-                found.append(json.loads(done.stdout))
-            found = found[1:]
-            name = f"{gib:g} GiB each way, {'CUDA started' if context_ready == 'context' else 'CUDA not started'}"
-            results[name] = {key: summary([float(each[key]) for each in found]) for key in found[0]}
-            middle = {key: value["median"] for key, value in results[name].items()}
-            print(
-                f"{name}: first chunk {middle['first_chunk_s']:.3f} s after the call, all done after "
-                f"{middle['seconds']:.2f} s, {middle['pinned_bytes'] / 2**20:.0f} MiB pinned, peak resident "
-                f"{middle['peak_beyond_arrays_bytes'] / 1e6:.0f} MB beyond the arrays (before the call "
-                f"{middle['resident_before_bytes'] / 1e6:.0f})",
-                flush=True,
-            )
+    for name, gib, cuda, way in (
+        ("a quarter, CUDA started", options.gib / 4, "context", "whole"),
+        ("whole, CUDA started", options.gib, "context", "whole"),
+        ("a quarter, CUDA not started", options.gib / 4, "no context", "whole"),
+        ("a quarter, in steps", options.gib / 4, "context", "steps"),
+    ):
+        rows = int(gib * GIB) // (4 * features)
+        command = [sys.executable, "-c", START_JOB, str(rows), str(features), bench.precision, cuda, way]
+        found = []
+        for _ in range(1 + min(3, options.rounds)):  # the first one warms the caches
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            found.append(json.loads(done.stdout))
+        results[name] = {key: summary([float(each[key]) for each in found[1:]]) for key in found[0]}
+        middle = {key: value["median"] for key, value in results[name].items()}
+        print(
+            f"{gib:g} GiB each way, {name}: first chunk {middle['first_chunk_s']:.3f} s after the call (imports "
+            f"{middle['import_s']:.3f}, opening {middle['open_s']:.3f}, then {middle['run_to_first_chunk_s']:.3f}), all "
+            f"done after {middle['seconds']:.2f} s, {middle['pinned_bytes'] / 2**20:.0f} MiB pinned, peak resident "
+            f"{middle['peak_beyond_arrays_bytes'] / 1e6:.0f} MB beyond the arrays (before the call "
+            f"{middle['resident_before_bytes'] / 1e6:.0f})",
+            flush=True,
+        )
     return results
 
 
@@ -477,6 +511,7 @@ CASES = {
     "short": case_short,
     "file": case_file,
     "start": case_start,
+    "pin": case_pin,
     "shapes": case_shapes,
     "sweep": case_sweep,
 }

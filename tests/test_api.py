@@ -35,11 +35,12 @@ from device_tests import (
     wait_until,
 )
 
-from pipeline import FusedLinear, Pipeline, Result, run_pipelined
+from pipeline import FusedLinear, Pipeline, Result, pin, run_pipelined
 from pipeline.devices.base import open_device
 from pipeline.devices.cpu import CpuDevice
+from pipeline.devices.cuda import count_gpus
 from pipeline.devices.sim import Hardware, SimDevice
-from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError
+from pipeline.errors import DeviceMemoryError, DeviceNotFoundError, DTypeError, OptionError, PipelineError
 from pipeline.instrument import STAGES
 
 LAYER = random_layer(12, 7)
@@ -572,6 +573,22 @@ def test_memory_of_a_stream_is_bounded_by_what_is_read_ahead() -> None:
             peak = max(peak, process.memory_info().rss)
             assert len(result) == 512
     assert peak - before < 30e6
+
+
+# -- pin ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("array", [X[:, ::2], X.astype(">f4"), np.asfortranarray(X)])
+def test_pin_of_memory_that_would_be_staged_anyway_is_refused(array: Any) -> None:
+    with pytest.raises(OptionError, match=r"the array to pin has strides .*expected a contiguous one"):
+        pin(array)
+
+
+def test_pin_without_a_gpu_says_so() -> None:
+    if count_gpus():
+        pytest.skip("there is a GPU")
+    with pytest.raises(DeviceNotFoundError):
+        pin(X)
 
 
 def test_api_has_no_thread_and_no_file_open_at_the_end_of_these_tests() -> None:

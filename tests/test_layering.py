@@ -24,6 +24,7 @@ LEVELS = {
     "io": 5,
     "executor": 6,
     "timeline": 6,
+    "pinned": 5,
     "report": 7,
     "nsys": 7,
     "draw": 8,

@@ -22,11 +22,13 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXPORTS = {
     "FusedLinear",
     "GemmSigmoidScalingResidualAdd",
+    "Pinned",
     "Pipeline",
     "Progress",
     "Result",
     "Stats",
     "fused_gemm_sigmoid_scale_add",
+    "pin",
     "run_pipelined",
     "__version__",
 } | {name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, errors.PipelineError)}

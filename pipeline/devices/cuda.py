@@ -190,16 +190,7 @@ class CudaDevice(Device):
     def in_place(self, rows: HostArray) -> bool:
         """Whether the first and the last byte of `rows` are pinned memory, as the driver knows it."""
         first = rows.__array_interface__["data"][0]
-        return self._is_pinned(first) and self._is_pinned(first + rows.nbytes - 1)
-
-    def _is_pinned(self, address: int) -> bool:
-        api = driver()
-        code, kind = api.cuPointerGetAttribute(api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)
-        if code == api.CUresult.CUDA_ERROR_INVALID_VALUE:  # memory that CUDA doesn't know: pageable
-            return False
-        if code != 0:
-            raise call_error("cuPointerGetAttribute", code)
-        return bool(int(kind) == int(api.CUmemorytype.CU_MEMORYTYPE_HOST))
+        return _is_pinned(first) and _is_pinned(first + rows.nbytes - 1)
 
     def _timed(self, slot: int, what: str, queue: Callable[[], None]) -> Operation:
         """Queue work on the slot's stream between two timing events."""
@@ -275,6 +266,51 @@ class CudaDevice(Device):
         self._control = None
         self._streams, self._weights, self._buffers, self._pinned = [], [], [], []
         self._inputs, self._outputs = [], []
+
+
+def is_pinned(address: int) -> bool:
+    """Whether the host memory at `address` is pinned, as the driver knows it."""
+    Launcher.for_device(0)
+    return _is_pinned(address)
+
+
+def _is_pinned(address: int) -> bool:
+    api = driver()
+    code, kind = api.cuPointerGetAttribute(api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)
+    if code == api.CUresult.CUDA_ERROR_INVALID_VALUE:  # memory that CUDA doesn't know: pageable
+        return False
+    if code != 0:
+        raise call_error("cuPointerGetAttribute", code)
+    return bool(int(kind) == int(api.CUmemorytype.CU_MEMORYTYPE_HOST))
+
+
+def register(address: int, n_bytes: int, *, read_only: bool) -> None:
+    """Pin the caller's host memory for all GPUs, until `unregister`. Blocks.
+
+    Raises:
+        DriverError: the driver refused.
+    """
+    Launcher.for_device(0)
+    api = driver()
+    flags = api.CU_MEMHOSTREGISTER_PORTABLE | (api.CU_MEMHOSTREGISTER_READ_ONLY if read_only else 0)
+    (code,) = api.cuMemHostRegister(address, n_bytes, flags)
+    if code != 0:
+        error = call_error(f"pinning {n_bytes / GIB:.2f} GiB of {'read-only ' if read_only else ''}host memory", code)
+        error.add_note(
+            "pipeline: writable maps of files can't be pinned, nor can memory that shares a page with memory pinned "
+            "before; ulimit -l may limit locked memory. Without pin() it is staged"
+        )
+        raise error
+
+
+def unregister(address: int) -> None:
+    """End what `register` did. Nothing may be using the memory any more.
+
+    Raises:
+        DriverError: the driver refused.
+    """
+    Launcher.for_device(0)
+    call("cuMemHostUnregister", address)
 
 
 def _memory_at(address: int, n_bytes: int) -> HostArray:

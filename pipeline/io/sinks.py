@@ -12,7 +12,7 @@ from pipeline.arrays import HostArray, host_tensor, host_view, is_cuda, is_torch
 from pipeline.config import DType, parse_dtype
 from pipeline.devices.base import DeviceRows
 from pipeline.errors import DTypeError, OptionError, OutputError, OutputExistsError
-from pipeline.forward import check_gpu_out, check_out
+from pipeline.forward import check_gpu_layout, check_gpu_out, check_out
 from pipeline.io.jobs import Cast, cast_between
 from pipeline.io.npy import NpyFileSink
 from pipeline.io.rows import ArrayTarget, Chunk, Sink, Source
@@ -56,14 +56,14 @@ class CudaSink(Sink):
     """A CUDA tensor, written by the kernel itself."""
 
     def __init__(self, tensor: Any, dtype: DType) -> None:
-        self._tensor, self._itemsize = tensor, dtype.itemsize
+        self.tensor, self._itemsize = tensor, dtype.itemsize
         self._all = DeviceRows(tensor.device.index, tensor.data_ptr(), tensor.stride(0), tensor.shape[0], tensor)
 
     def target(self, chunk: Chunk) -> DeviceRows:
         return self._all.part(chunk.row, chunk.rows, self._itemsize)
 
     def finish(self, rows: int) -> Any:
-        return self._tensor
+        return self.tensor
 
 
 def open_sink(out: Any, source: Source, layer: FusedLinear, dtype: DType, wire: DType, overwrite: bool) -> Sink:
@@ -88,12 +88,12 @@ def open_sink(out: Any, source: Source, layer: FusedLinear, dtype: DType, wire: 
             f"out is an array, but the source ({source.kind}) doesn't know its number of rows; leave out=None, give a "
             f"path, or use Pipeline.stream"
         )
-    if is_cuda(out) != isinstance(source, CudaSource):
-        raise OptionError("a CUDA tensor can be the source only together with a CUDA tensor as out (or out=None)")
     check_out(tuple(out.shape), (source.rows, layer.out_features))
-    if isinstance(source, CudaSource):
-        check_gpu_out(source.tensor, out, layer.out_features)
-        _check_out_dtype(parse_dtype(out.dtype, "out dtype"), dtype)
+    if is_cuda(out):
+        if isinstance(source, CudaSource):
+            check_gpu_out(source.tensor, out, layer.out_features)
+        check_gpu_layout(out)
+        _check_out_dtype(parse_dtype(out.dtype, "out dtype"), wire)
         return CudaSink(out, dtype)
     array, array_dtype = host_view(out, "out")
     _check_out_dtype(array_dtype, dtype)
@@ -120,8 +120,6 @@ def _open_file(path: Path, source: Source, layer: FusedLinear, dtype: DType, wir
         raise OptionError(f"out {str(path)!r} doesn't end in .npy, the only file format written")
     if dtype.name == "bfloat16":
         raise DTypeError("a .npy file can't hold bfloat16; pass out_dtype='float32' or 'float16'")
-    if source.family == "cuda":
-        raise OptionError("a CUDA tensor's result can't be streamed to a file; pass the tensor's .cpu() as the source")
     if path.is_dir():
         raise OutputError(f"{path} is a directory, expected the path of a file to write")
     if os.path.lexists(path) and not overwrite:

@@ -33,9 +33,10 @@ if not count_gpus():
 
 import torch
 
-from pipeline import FusedLinear, Pipeline, run_pipelined
+from pipeline import FusedLinear, Pipeline, pin, run_pipelined
 from pipeline.devices.base import find_devices, open_device
-from pipeline.errors import DeviceError, DeviceMemoryError, DTypeError, InputError, OptionError
+from pipeline.devices.cuda import is_pinned
+from pipeline.errors import DeviceError, DeviceMemoryError, DriverError, DTypeError, InputError, OptionError
 
 LAYER = random_layer(256, 192)
 X = random_rows(3000, 256)
@@ -156,6 +157,93 @@ def test_cuda_tensor_with_a_row_stride_and_rows_around_it() -> None:
     assert (memory == 7.0).all(), "the kernel wrote outside its output"
 
 
+def test_cuda_tensor_at_one_end_only(expected: Any, tmp_path: Path) -> None:
+    """Rows cross the bus once: the kernel reads or writes the tensor where it is."""
+    x, out = torch.from_numpy(X).cuda(), torch.full((3000, 192), torch.nan, device="cuda:0")
+    with open_pipeline() as pipeline:
+        result = pipeline.run(X, out)
+        assert result.out is out and result.stats.stages["D2H"].count == result.stats.stages["drain"].count == 0
+        assert_same_bits(out, expected)
+        for host in (poisoned((3000, 192)), pinned(poisoned((3000, 192)))):
+            stats = pipeline.run(x, host).stats
+            assert stats.stages["fill"].count == stats.stages["H2D"].count == 0 < stats.stages["D2H"].count
+            assert_same_bits(host, expected)
+        assert_same_bits(np.load(pipeline.run(x, tmp_path / "y.npy").out), expected)
+    with open_pipeline(wire_dtype="bf16") as pipeline:
+        narrow = torch.full((3000, 192), torch.nan, device="cuda:0", dtype=torch.bfloat16)
+        with open_pipeline(wire_dtype="bf16", out_dtype="bf16") as rounded:
+            rounded.run(X, narrow)
+        assert_same_bits(narrow.float(), pipeline.run(X).out)
+
+
+def test_cuda_out_is_written_after_the_callers_stream_has_used_it() -> None:
+    stream = torch.cuda.Stream()
+    with open_pipeline() as pipeline:
+        right = pipeline.run(torch.from_numpy(X).cuda()).out
+        out = torch.empty_like(right)
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # some 30 ms
+            out.fill_(torch.nan)
+            pipeline.run(X, out)
+        stream.synchronize()
+    assert_same_bits(out, right)
+
+
+# -- pin ---------------------------------------------------------------------------------------------------------------
+
+
+def test_pin_spares_the_staging_until_it_is_closed(expected: Any) -> None:
+    x, y = X.copy(), poisoned((3000, 192))
+    with open_pipeline() as pipeline:
+        with pin(x) as source, pin(torch.from_numpy(y)) as out:
+            assert source is x
+            stages = pipeline.run(source, out).stats.stages
+            assert stages["fill"].count == stages["drain"].count == 0
+        assert_same_bits(y, expected)
+        y[...] = np.nan
+        stages = pipeline.run(x, y).stats.stages
+        assert stages["fill"].count > 0 < stages["drain"].count
+        assert_same_bits(y, expected)
+
+
+def test_pin_of_any_size_and_twice_and_forgotten() -> None:
+    assert not is_pinned(X.ctypes.data)
+    for n_bytes in (1, 4096, 600 * MIB):
+        memory = np.ones(n_bytes // 4 + 1, np.float32)
+        with pin(memory):
+            assert is_pinned(memory.ctypes.data) and is_pinned(memory.ctypes.data + memory.nbytes - 1)
+            with pin(memory) as again:
+                assert again is memory
+            assert is_pinned(memory.ctypes.data), "the inner handle has nothing to unregister"
+        assert not is_pinned(memory.ctypes.data)
+    handle = pin(memory)
+    assert is_pinned(memory.ctypes.data)
+    del handle
+    gc.collect()
+    assert not is_pinned(memory.ctypes.data), "a forgotten handle unregisters"
+    handle = pin(memory)
+    handle.close()
+    handle.close()
+    with pin(np.empty((0, 5), np.float32)):
+        pass
+
+
+def test_pin_of_read_only_memory_and_of_maps(expected: Any, tmp_path: Path) -> None:
+    frozen = X.copy()
+    frozen.setflags(write=False)
+    np.save(tmp_path / "x.npy", X)
+    with open_pipeline() as pipeline:
+        with pin(frozen) as source:
+            assert_same_bits(pipeline.run(source).out, expected)
+        mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+        with pin(mapped) as source:
+            assert_same_bits(pipeline.run(source).out, expected)
+    writable = np.load(tmp_path / "x.npy", mmap_mode="r+")
+    with pytest.raises(DriverError, match=r"pinning .* host memory failed") as caught:
+        pin(writable)
+    assert any("writable maps" in note for note in caught.value.__notes__)
+
+
 def test_cuda_tensor_of_no_rows() -> None:
     with open_pipeline() as pipeline:
         result = pipeline.run(torch.empty(0, 256, device="cuda:0"))
@@ -201,11 +289,13 @@ def test_cuda_tensor_bad_input_is_refused_by_name(tmp_path: Path) -> None:
         (x.T.contiguous().T, None, {}, InputError, r"strides .*contiguous"),
         (x.double(), None, {}, DTypeError, "float64"),
         (x[:, :100], None, {}, InputError, "100 features"),
-        (x, np.zeros((300, 192), np.float32), {}, OptionError, "CUDA tensor"),
-        (X[:300], out, {}, OptionError, "CUDA tensor"),
+        (X[:300], out.double(), {}, DTypeError, "float64"),
+        (X[:300], out.bfloat16(), {}, DTypeError, "bfloat16"),
+        (X[:300], torch.zeros(192, 300, device="cuda:0").T, {}, OptionError, "contiguous rows"),
+        (X[:300], out, {"devices": "cpu"}, OptionError, "out is on cuda:0, this run uses cpu"),
+        (x, None, {"wire_dtype": "bf16"}, OptionError, "wire_dtype is for rows that cross the bus"),
         (x, out[:299], {}, InputError, r"\(299, 192\)"),
         (x, out.bfloat16(), {}, DTypeError, "bfloat16"),
-        (x, tmp_path / "y.npy", {}, OptionError, "cpu"),
         ([x], None, {}, InputError, "CUDA tensor"),
         (x, None, {"devices": "cpu"}, OptionError, "cuda:0"),
     ]
