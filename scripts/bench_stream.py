@@ -497,8 +497,8 @@ def case_start(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         middle = {key: value["median"] for key, value in results[name].items()}
         print(
             f"{gib:g} GiB each way, {name}: first chunk {middle['first_chunk_s']:.3f} s after the call (imports "
-            f"{middle['import_s']:.3f}, opening {middle['open_s']:.3f}, then {middle['run_to_first_chunk_s']:.3f}), all "
-            f"done after {middle['seconds']:.2f} s, {middle['pinned_bytes'] / 2**20:.0f} MiB pinned, peak resident "
+            f"{middle['import_s']:.3f}, opening {middle['open_s']:.3f}, then {middle['run_to_first_chunk_s']:.3f}), "
+            f"all done after {middle['seconds']:.2f} s, {middle['pinned_bytes'] / 2**20:.0f} MiB pinned, peak resident "
             f"{middle['peak_beyond_arrays_bytes'] / 1e6:.0f} MB beyond the arrays (before the call "
             f"{middle['resident_before_bytes'] / 1e6:.0f})",
             flush=True,
