@@ -1,16 +1,19 @@
 // Copies between the caller's memory or files and pinned pieces, by a pool of threads that Python never waits for.
 //
-//   host_copy_open(workers, isa)     start a pool; NULL with errno set where threads can't be started
-//   host_copy_submit(pool, request)  queue one job and return at once; NULL where there is no memory for it
-//   host_copy_finish(job, result)    0 while the job goes on; else fill in `result`, free the job and return 1
-//   host_copy_wait(pool, job)        block until the job is done (and is still to be finished)
-//   host_copy_close(pool)            let queued jobs end, join the threads
-//   host_copy_isa(pool)              which instructions move the bytes: "AVX-512", "AVX2" or "portable"
-//   host_copy_source()               the digest of the sources that the library was built from
+//   host_copy_open(workers, isa)          start a pool; NULL with errno set where threads can't be started
+//   host_copy_job_bytes()                 the memory of a job, which belongs to the caller
+//   host_copy_submit(pool, job, request)  queue a job and return at once: 0, or an errno
+//   host_copy_done(job, result)           0 while the job goes on; else fill in `result` and return 1
+//   host_copy_wait(pool, job)             block until the job is done
+//   host_copy_pending(pool)               how many jobs aren't done
+//   host_copy_close(pool)                 let queued jobs end, join the threads
+//   host_copy_isa(pool)                   which instructions move the bytes: "AVX-512", "AVX2" or "portable"
+//   host_copy_source()                    the digest of the sources that the library was built from
 //
 // A job is cut into grains that the workers take one at a time, so that one job uses all of them. Requests that are
-// `background` are worked on only while no other is queued. The memory of a request belongs to the caller, who keeps
-// it until the job is finished. Jobs may be submitted and finished from any thread, each by one.
+// `background` are worked on only while no other is queued. The memory of a job and of its request belongs to the
+// caller, who keeps it until the job is done. All functions may be called from any thread, but for one job at a time
+// from one only.
 //
 // Streaming stores (past the caches) are for targets that nobody reads soon.
 //
@@ -87,6 +90,7 @@ struct pool {
   queue queues[2];      // ordinary and background jobs
   atomic_llong queued;  // grains nobody has taken: what idle workers look at
   int waiting;          // threads in host_copy_wait
+  int pending;          // jobs that aren't done
   int closing;
   int workers;
   pthread_t threads[];
@@ -264,7 +268,8 @@ static void end_job(job* j) {
   pool* p = j->owner;
   j->end_ns = now_ns();
   pthread_mutex_lock(&p->lock);
-  atomic_store(&j->done, 1);  // from here on the job may be freed
+  p->pending--;
+  atomic_store(&j->done, 1);  // from here on the caller may free the job
   if (p->waiting) pthread_cond_broadcast(&p->finished);
   pthread_mutex_unlock(&p->lock);
 }
@@ -327,21 +332,17 @@ pool* host_copy_open(int workers, int isa) {
   return p;
 }
 
-job* host_copy_submit(pool* p, const host_copy_request* request) {
+int host_copy_submit(pool* p, job* j, const host_copy_request* request) {
   if (request->kind < 0 || request->kind >= kNumKinds || request->cast < 0 || request->cast >= kNumCasts) {
-    errno = EINVAL;
-    return NULL;
+    return EINVAL;
   }
-  job* j = calloc(1, sizeof *j);
-  if (!j) return NULL;
-  j->request = *request;
-  j->owner = p;
+  *j = (job){.request = *request, .owner = p};
   cut_into_grains(j);
   atomic_init(&j->left, j->grains);
   if (!j->grains) {
     j->start_ns = j->end_ns = now_ns();
     atomic_store(&j->done, 1);
-    return j;
+    return 0;
   }
   queue* q = &p->queues[request->background ? 1 : 0];
   pthread_mutex_lock(&p->lock);
@@ -351,6 +352,7 @@ job* host_copy_submit(pool* p, const host_copy_request* request) {
     q->first = j;
   }
   q->last = j;
+  p->pending++;
   atomic_fetch_add(&p->queued, j->grains);
   if (j->grains == 1) {
     pthread_cond_signal(&p->work);
@@ -358,14 +360,22 @@ job* host_copy_submit(pool* p, const host_copy_request* request) {
     pthread_cond_broadcast(&p->work);
   }
   pthread_mutex_unlock(&p->lock);
-  return j;
+  return 0;
 }
 
-int host_copy_finish(job* j, host_copy_result* result) {
+size_t host_copy_job_bytes(void) { return sizeof(job); }
+
+int host_copy_done(job* j, host_copy_result* result) {
   if (!atomic_load(&j->done)) return 0;
   *result = (host_copy_result){j->start_ns, j->end_ns, j->position, atomic_load(&j->error)};
-  free(j);
   return 1;
+}
+
+int host_copy_pending(pool* p) {
+  pthread_mutex_lock(&p->lock);
+  int pending = p->pending;
+  pthread_mutex_unlock(&p->lock);
+  return pending;
 }
 
 void host_copy_wait(pool* p, job* j) {

@@ -399,29 +399,17 @@ class Executor:
             self.device.synchronize()
         except DeviceError:
             pass  # the error that brought us here is the one to report; a lost device runs nothing any more
+        self.workers.wait_all()
         for lane in (self._filling, self._draining):
             for step in lane:
-                _wait(step.operation, self.device)
                 if step.range is not None:
                     self._ranges.end(step.range)
-        for operation in self._touching:
-            _wait(operation, self.device)
         self._touching.clear()
         self.ring_in.give_back_all()
         self.ring_out.give_back_all()
         for queue in (self._flights, self._filling, self._uploading, self._running, self._downloading, self._draining):
             queue.clear()
         self._unfinished = False
-
-
-def _wait(operation: Operation, device: Device) -> None:
-    while True:
-        try:
-            if operation.done():
-                return
-        except BaseException:  # what the job raised: the run is failing already, with an earlier error
-            return
-        device.idle()
 
 
 def _noted(error: BaseException, stage: str, chunk: Chunk | None) -> BaseException:

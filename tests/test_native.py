@@ -8,6 +8,7 @@ import itertools
 import mmap
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +156,42 @@ def test_many_jobs_from_many_threads_each_end_once() -> None:
         assert_same_bits(target, source)
     assert not workers._jobs, "a job that is done is forgotten"
     workers.close()
+
+
+def test_interrupt_between_any_two_steps_of_a_job_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A job that was seen to be done once, and forgotten half way, can be looked at again."""
+    workers = NativeWorkers(2)
+    source, target = random_rows(100, 100), poisoned((100, 100))
+    job = workers.submit(CopyJob(target, source))
+    workers.wait_all()
+    with monkeypatch.context() as patch:
+        patch.setattr(NativeWorkers, "forget", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            job.done()
+    assert job.done() and job.done()
+    assert_same_bits(target, source)
+    workers.close()
+
+
+def test_interrupts_at_any_moment_leave_a_pipeline_ready() -> None:
+    """SIGINT again and again while rows are cast through the ring by native workers; then a run that must be right."""
+    layer, x = random_layer(64, 64), random_rows(20_000, 64)
+    expected = wire_result(layer, x, "bf16").float().numpy()
+    choose, interrupted = np.random.default_rng(5), 0
+    with Pipeline(layer, devices="cpu", chunk_rows=200, wire_dtype="bf16") as pipeline:
+        pipeline.run(x)
+        for _ in range(40):
+            timer = threading.Timer(float(choose.uniform(0, 0.02)), signal.raise_signal, [signal.SIGINT])
+            try:
+                timer.start()
+                for _ in range(1000):
+                    pipeline.run(x)
+            except KeyboardInterrupt:
+                interrupted += 1
+            timer.join()
+        out = poisoned(expected.shape)
+        assert_same_bits(pipeline.run(x, out).out, expected)
+    assert interrupted == 40
 
 
 def test_close_lets_queued_jobs_end() -> None:

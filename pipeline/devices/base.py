@@ -45,6 +45,9 @@ class Workers(Protocol):
     def run(self, work: Callable[[], None]) -> None:
         """Do `work` now and wait for it. Raises what it raises."""
 
+    def wait_all(self) -> None:
+        """Wait until every job that was submitted is done; what they raise is left to their operations."""
+
     def close(self) -> None:
         """Wait for the jobs and end the threads."""
 

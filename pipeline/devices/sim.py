@@ -103,8 +103,12 @@ class SimDevice(Device):
         self._clock_s = max(self._clock_s, moment.at_s)
         moment.action()
 
+    @property
+    def busy(self) -> bool:
+        return bool(self._moments)
+
     def synchronize(self) -> None:
-        while self._moments:
+        while self.busy:
             self.idle()
 
     def schedule(
@@ -225,6 +229,10 @@ class _SimWorkers:
 
     def run(self, work: Callable[[], None]) -> None:
         work()
+
+    def wait_all(self) -> None:
+        while self._device.busy:
+            self._device.idle()
 
     def close(self) -> None:
         self._device.synchronize()

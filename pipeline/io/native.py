@@ -6,6 +6,8 @@ import ctypes
 import functools
 import hashlib
 import os
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +83,11 @@ def _library() -> tuple[Any, str]:
                 ("open", pointer, ctypes.c_int, ctypes.c_int),
                 ("close", None, pointer),
                 ("isa", ctypes.c_char_p, pointer),
-                ("submit", pointer, pointer, ctypes.POINTER(_Request)),
-                ("finish", ctypes.c_int, pointer, ctypes.POINTER(_Result)),
+                ("job_bytes", ctypes.c_size_t),
+                ("submit", ctypes.c_int, pointer, pointer, ctypes.POINTER(_Request)),
+                ("done", ctypes.c_int, pointer, ctypes.POINTER(_Result)),
                 ("wait", None, pointer, pointer),
+                ("pending", ctypes.c_int, pointer),
             ):
                 function = getattr(library, f"host_copy_{name}")
                 function.restype, function.argtypes = result, arguments
@@ -93,31 +97,31 @@ def _library() -> tuple[Any, str]:
 
 
 class _NativeJob:
-    """A job in the native pool."""
+    """A job in the native pool. An interrupt may come between any two of its steps: each can be done again."""
 
-    def __init__(self, workers: NativeWorkers, handle: int, work: Any) -> None:
-        self._workers, self._handle, self._work = workers, handle, work
+    def __init__(self, workers: NativeWorkers, work: Any) -> None:
+        self._workers, self._work = workers, work
+        self.memory = ctypes.create_string_buffer(workers.job_bytes)
         self._times: tuple[float, float] | None = None
         self._error: Exception | None = None
 
     def done(self) -> bool:
         if self._times is None:
             result = _Result()
-            if not self._workers.library.host_copy_finish(self._handle, ctypes.byref(result)):
+            if not self._workers.library.host_copy_done(self.memory, ctypes.byref(result)):
                 return False
-            self._times = (result.start_ns * 1e-9, result.end_ns * 1e-9)  # the clock of time.perf_counter
             if result.error:
                 self._error = self._work.failure(result.error, result.position)
-            self._workers.ended(self)
-            del self._work
+            self._times = (result.start_ns * 1e-9, result.end_ns * 1e-9)  # the clock of time.perf_counter
+            self._work = None
+            self._workers.forget(self)
         if self._error is not None:
             raise self._error
         return True
 
     def wait(self) -> None:
         """Block until the job is done; raises what it raised."""
-        if self._times is None:
-            self._workers.library.host_copy_wait(self._workers.pool, self._handle)
+        self._workers.library.host_copy_wait(self._workers.pool, self.memory)
         self.done()
 
     def times(self) -> tuple[float, float]:
@@ -139,6 +143,8 @@ class NativeWorkers:
         if not self.pool:
             code = ctypes.get_errno()
             raise OSError(code, f"can't start {count} copy workers: {os.strerror(code)}")
+        self._close = weakref.finalize(self, self.library.host_copy_close, self.pool)
+        self.job_bytes = int(self.library.host_copy_job_bytes())
         self._isa = self.library.host_copy_isa(self.pool).decode()
         self._jobs: set[_NativeJob] = set()  # keeps their memory alive until they are done
         self._threads = ThreadWorkers(count)
@@ -154,29 +160,35 @@ class NativeWorkers:
         if request is None:
             self._by_numpy += 1
             return self._threads.submit(work)
-        handle = self.library.host_copy_submit(self.pool, ctypes.byref(request))
-        if not handle:
-            raise MemoryError(f"a copy job was refused: {os.strerror(ctypes.get_errno())}")
-        job = _NativeJob(self, handle, work)
+        return self._submit(work, request)
+
+    def _submit(self, work: Job, request: _Request) -> _NativeJob:
+        job = _NativeJob(self, work)
         self._jobs.add(job)
+        code = self.library.host_copy_submit(self.pool, job.memory, ctypes.byref(request))
+        if code:
+            self._jobs.discard(job)
+            raise PipelineError(f"a copy job was refused: {os.strerror(code)}")
         return job
 
     def run(self, work: Job) -> None:
-        if _request(work) is None:
+        request = _request(work)
+        if request is None:
             work()
-            return
-        job = self.submit(work)
-        assert isinstance(job, _NativeJob)
-        job.wait()
+        else:
+            self._submit(work, request).wait()
 
-    def ended(self, job: _NativeJob) -> None:
+    def wait_all(self) -> None:
+        while self.library.host_copy_pending(self.pool):
+            time.sleep(1e-4)
+        self._threads.wait_all()
+
+    def forget(self, job: _NativeJob) -> None:
         self._jobs.discard(job)
 
     def close(self) -> None:
         self._threads.close()
-        if self.pool:
-            self.library.host_copy_close(self.pool)
-            self.pool = None
+        self._close()
 
 
 def _request(work: Job) -> _Request | None:

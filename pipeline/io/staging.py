@@ -93,10 +93,18 @@ class ThreadWorkers:
     def __init__(self, count: int, reason: str = "") -> None:
         self.count = count
         self.description = f"copy workers: {count} (NumPy{'; ' if reason else ''}{reason})"
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix="pipeline-copy")
+        self._pool = self._new_pool()
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.count, thread_name_prefix="pipeline-copy")
 
     def submit(self, work: Callable[[], None]) -> _Job:
         return _Job(self._pool, work)
+
+    def wait_all(self) -> None:
+        """A pool that is shut down has done its jobs, also those of which an interrupt lost the trace."""
+        old, self._pool = self._pool, self._new_pool()
+        old.shutdown(wait=True)
 
     def run(self, work: Callable[[], None]) -> None:
         work()

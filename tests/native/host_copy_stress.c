@@ -59,11 +59,18 @@ static uint64_t roll(dice* d, uint64_t sides) {
   return (d->state >> 33) % sides;
 }
 
+static job* submitted(pool* p, const host_copy_request* request) {
+  job* j = malloc(host_copy_job_bytes());
+  CHECK(j && !host_copy_submit(p, j, request));
+  return j;
+}
+
 static host_copy_result finish(pool* p, job* j, dice* d) {
   host_copy_result result;
   CHECK(j);
   if (roll(d, 2)) host_copy_wait(p, j);
-  while (!host_copy_finish(j, &result)) relax();
+  while (!host_copy_done(j, &result)) relax();
+  free(j);
   CHECK(result.start_ns <= result.end_ns);
   return result;
 }
@@ -102,7 +109,7 @@ static void copy_case(pool* p, dice* d) {
   r.rows = rows, r.length = length, r.target = target, r.target_stride = target_row;
   r.source = backward ? source + (rows - 1) * source_row : source;
   r.source_stride = backward ? -source_row : source_row;
-  job* j = host_copy_submit(p, &r);
+  job* j = submitted(p, &r);
   for (int64_t i = 0; i < rows; i++) {
     copy_row(&kPortableCode, cast, 0, expected + i * target_row, (const char*)r.source + i * r.source_stride, length);
   }
@@ -124,8 +131,8 @@ static void file_case(pool* p, dice* d) {
       .kind = WRITE_FILE, .fd = fd, .source = there, .rows = 1, .length = (int64_t)bytes, .offset = 77};
   host_copy_request r = {
       .kind = READ_FILE, .fd = fd, .target = back, .rows = 1, .length = (int64_t)bytes, .offset = 77};
-  CHECK(finish(p, host_copy_submit(p, &w), d).error == 0);
-  CHECK(finish(p, host_copy_submit(p, &r), d).error == 0);
+  CHECK(finish(p, submitted(p, &w), d).error == 0);
+  CHECK(finish(p, submitted(p, &r), d).error == 0);
   CHECK(!memcmp(there, back, bytes));
   for (int cast = FP32_TO_BF16; cast < kNumCasts; cast++) {
     // Through the file with a cast, against the cast in memory.
@@ -133,20 +140,20 @@ static void file_case(pool* p, dice* d) {
     with.cast = cast, with.length = (int64_t)bytes / 4;
     char* expected = malloc((size_t)with.length * 4 + 1);
     copy_row(&kPortableCode, cast, 0, expected, there, with.length);
-    CHECK(finish(p, host_copy_submit(p, &with), d).error == 0);
+    CHECK(finish(p, submitted(p, &with), d).error == 0);
     host_copy_request plain = r;
     plain.length = with.length * target_itemsize(cast);
-    CHECK(finish(p, host_copy_submit(p, &plain), d).error == 0);
+    CHECK(finish(p, submitted(p, &plain), d).error == 0);
     CHECK(!memcmp(back, expected, (size_t)plain.length));
-    CHECK(finish(p, host_copy_submit(p, &w), d).error == 0);
+    CHECK(finish(p, submitted(p, &w), d).error == 0);
     with = r;
     with.cast = cast, with.length = (int64_t)bytes / 4;
-    CHECK(finish(p, host_copy_submit(p, &with), d).error == 0);
+    CHECK(finish(p, submitted(p, &with), d).error == 0);
     CHECK(!memcmp(back, expected, (size_t)plain.length));
     free(expected);
   }
   CHECK(!ftruncate(fd, (off_t)(77 + bytes - 1)));
-  host_copy_result cut = finish(p, host_copy_submit(p, &r), d);
+  host_copy_result cut = finish(p, submitted(p, &r), d);
   CHECK(cut.error == -1 && cut.position == (int64_t)(77 + bytes - 1));
   close(fd);
   free(there);
@@ -161,7 +168,7 @@ static void touch_case(pool* p, dice* d) {
   host_copy_request t = {.kind = TOUCH, .background = 1, .target = memory + skip, .rows = 1};
   t.length = (int64_t)(bytes - skip);
   memory[bytes - 1] = 9;
-  CHECK(finish(p, host_copy_submit(p, &t), d).error == 0);
+  CHECK(finish(p, submitted(p, &t), d).error == 0);
   CHECK(memory[bytes - 1] == 9 && memory[skip == bytes - 1 ? 0 : skip] == 0);
   munmap(memory, bytes);
 }
@@ -190,12 +197,13 @@ static void burst_case(int workers) {
   for (int i = 0; i < kJobs; i++) {
     host_copy_request r = {.kind = COPY, .streaming = i & 1, .background = i % 5 == 0, .rows = 3, .length = 1000};
     r.source = source + i * kBytes, r.target = target + i * kBytes, r.source_stride = r.target_stride = 1000;
-    jobs[i] = host_copy_submit(p, &r);
+    jobs[i] = submitted(p, &r);
   }
   host_copy_close(p);
   for (int i = 0; i < kJobs; i++) {
     host_copy_result result;
-    CHECK(host_copy_finish(jobs[i], &result) && !result.error);
+    CHECK(host_copy_done(jobs[i], &result) && !result.error);
+    free(jobs[i]);
   }
   CHECK(!memcmp(source, target, (size_t)kJobs * kBytes));
   free(source);
@@ -214,11 +222,13 @@ int main(void) {
       for (int i = 0; i < 10; i++) touch_case(p, &d);
       atomic_store(&broken, 100);
       host_copy_request w = {.kind = WRITE_FILE, .fd = -1, .source = &d, .rows = 1, .length = 8, .offset = 100};
-      host_copy_result failed = finish(p, host_copy_submit(p, &w), &d);
+      host_copy_result failed = finish(p, submitted(p, &w), &d);
       CHECK(failed.error == EIO && failed.position == 100);
       atomic_store(&broken, -1);
       host_copy_request unknown = {.kind = kNumKinds};
-      CHECK(!host_copy_submit(p, &unknown) && errno == EINVAL);
+      job refused;
+      CHECK(host_copy_submit(p, &refused, &unknown) == EINVAL);
+      CHECK(host_copy_pending(p) == 0);
       host_copy_close(p);
     }
   }
