@@ -16,6 +16,7 @@ from pipeline.devices.base import Operation
 from pipeline.devices.sim import Engine, Hardware, SimDevice
 from pipeline.executor import Executor
 from pipeline.instrument import Recorder
+from pipeline.io.jobs import Job
 from pipeline.io.rows import Chunk, RangeFeed, Sink
 from pipeline.layer import FusedLinear
 from pipeline.report import bound, stage_stats
@@ -146,6 +147,12 @@ class _PlanWorkers:
         end_s = max(self._memory_free_at_s, self._free_at_s[stage])
         return self._device.schedule(Engine(), now, end_s - now, _nothing, _nothing)
 
+    def run(self, work: Callable[[], None]) -> None:
+        work()
+
+    def wait_all(self) -> None:
+        self._device.synchronize()
+
     def close(self) -> None:
         pass
 
@@ -158,6 +165,7 @@ class _Rows:
         self._memory = np.empty((rows, features), dtype.carrier)
         self._pinned = pinned
         self.array: HostArray | None = self._memory if pinned else None
+        self.touch: Job | None = None
 
     def first(self, rows: int) -> _Rows:
         """The same for a chunk of `rows` rows."""
@@ -165,11 +173,13 @@ class _Rows:
         part.array = self._memory[:rows] if self._pinned else None
         return part
 
-    def read(self, first: int, out: HostArray) -> None:
-        self._workers.asked = (self._stage, out.nbytes)
+    def fill(self, first: int, piece: HostArray) -> Job:
+        def tell() -> None:
+            self._workers.asked = (self._stage, piece.nbytes)
 
-    def write(self, first: int, rows: HostArray) -> None:
-        self._workers.asked = (self._stage, rows.nbytes)
+        return tell
+
+    drain = fill
 
 
 class _PlanSink(Sink):

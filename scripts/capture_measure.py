@@ -104,16 +104,18 @@ def host_copies(torch: Any, seconds: float = 1.0) -> float:
     """GB/s that the copy workers move, fills and drains together, while the bus runs both ways."""
     import numpy as np
 
-    from pipeline.config import copy_workers, piece_bytes, ring_pieces
-    from pipeline.io.staging import ThreadWorkers
+    from pipeline.config import Staging
+    from pipeline.io.jobs import CopyJob
+    from pipeline.io.native import open_workers
 
-    size, pieces = piece_bytes(), ring_pieces()
+    staging = Staging.chosen()
+    size, pieces = staging.piece_bytes, staging.ring_pieces
     host = np.ones((2, 256, size), np.uint8)  # beyond the caches
     ring = torch.zeros(2, pieces, size, dtype=torch.uint8, pin_memory=True).numpy()
     bus = [torch.zeros(COPY_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
     gpu = [torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2)]
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    workers = ThreadWorkers(copy_workers())
+    workers = open_workers(staging.workers)
     jobs: list[Any] = []
     moved, number, start = 0, 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
@@ -126,7 +128,7 @@ def host_copies(torch: Any, seconds: float = 1.0) -> float:
         while len(jobs) < 2 * pieces:
             piece, array = ring[number % 2, number // 2 % pieces], host[number % 2, number // 2 % 256]
             target, source = (piece, array) if number % 2 else (array, piece)
-            jobs.append(workers.submit(lambda target=target, source=source: np.copyto(target, source)))
+            jobs.append(workers.submit(CopyJob(target[None], source[None], streaming=number % 2 == 0)))
             number += 1
         left = [job for job in jobs if not job.done()]
         moved += (len(jobs) - len(left)) * size
