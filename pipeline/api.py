@@ -23,7 +23,6 @@ from pipeline.config import (
     FLOAT64,
     GIB,
     DType,
-    Staging,
     auto_chunk_rows,
     parse_dtype,
 )
@@ -41,6 +40,7 @@ from pipeline.layer import FusedLinear
 from pipeline.report import Stats, advice, bound, ceiling_rows_per_s, mean_share, stage_stats
 from pipeline.timeline import Timeline, device_use, from_recorders
 from pipeline.trace import check_trace, write_trace
+from pipeline.tune import Tuning
 
 _run_numbers = itertools.count()
 _FEWEST_CHUNKS, _FEWEST_ROWS = 8, 256  # of an automatic choice; a kernel on fewer rows leaves multiprocessors idle
@@ -104,6 +104,10 @@ class Pipeline:
         OptionError, DTypeError, DeviceNotFoundError: at once.
         DeviceMemoryError, CompileError: at once, before any data is touched.
 
+    The pinned ring and the number of copy workers are those that a measurement on this machine found best: made by
+    the first large run (8 GiB in and out together), in about a second, and kept for later ones. `Stats.staging_origin`
+    says where they come from; the environment variables of the README go before it.
+
     Use one Pipeline from one thread at a time, and close it (the `with` statement does): pinned and device memory
     are held until then.
     """
@@ -134,41 +138,39 @@ class Pipeline:
         for dtype in (layer.dtype, self.out_dtype):
             if dtype is FLOAT64 and any(name.startswith("cuda") for name in self.device_names):
                 raise DTypeError("float64 is computed on the CPU only; pass devices='cpu', or convert to float32")
-        self.ceilings: dict[str, Ceilings] = {}  # of the devices that have measured ones; reports compare with them
+        self.ceilings: dict[str, Ceilings] = {}  # of the devices whose buses were measured; reports compare with them
         self._lanes: list[_Lane] = []
         self._workers: Workers | None = None  # of all devices without workers of their own
         self._wire_layer: FusedLinear | None = None
-        self.staging = Staging.chosen()
         self._gather: list[HostArray] = []  # pinned chunk buffers for iterables, kept between runs
         self._busy = threading.Lock()
         self._end_stream: Callable[[], None] | None = None
         self._closed = False
+        self._devices: list[Device] = []
         try:
             for name in self.device_names:
-                self._lanes.append(self._open(open_device(name)))
+                self._devices.append(open_device(name))
+            self._tuning = Tuning(self._devices)
+            self.staging = self._tuning.staging
+            for device in self._devices:
+                self._lanes.append(self._open(device))
+            self._note_ceilings()
         except BaseException:
             self.close()
             raise
 
     def _open(self, device: Device) -> _Lane:
-        try:
-            workers = device.workers()
-            if workers is None:
-                self._workers = self._workers or open_workers(self.staging.workers)
-                workers = self._workers
-            if self._wire_layer is None:
-                self._wire_layer = _layer_on_the_wire(self.layer, self.wire_in, workers)
-            layer, dtype = self._wire_layer, self.wire_out
-            device.prepare(layer, dtype, self.chunk_rows)
-            _check_memory(device, layer, dtype, self.chunk_rows, self.num_streams)
-            device.allocate(self.chunk_rows, self.num_streams)
-            measured = device.ceilings()
-            if measured is not None:
-                self.ceilings[device.name] = measured
-            return _Lane(device, Executor(device, workers, layer, dtype, self.num_streams, self.staging), workers)
-        except BaseException:
-            device.close()
-            raise
+        workers = device.workers()
+        if workers is None:
+            self._workers = self._workers or open_workers(self.staging.workers)
+            workers = self._workers
+        if self._wire_layer is None:
+            self._wire_layer = _layer_on_the_wire(self.layer, self.wire_in, workers)
+        layer, dtype = self._wire_layer, self.wire_out
+        device.prepare(layer, dtype, self.chunk_rows)
+        _check_memory(device, layer, dtype, self.chunk_rows, self.num_streams)
+        device.allocate(self.chunk_rows, self.num_streams)
+        return _Lane(device, Executor(device, workers, layer, dtype, self.num_streams, self.staging), workers)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -189,10 +191,11 @@ class Pipeline:
         self._closed = True
         for lane in self._lanes:
             lane.workers.close()
-            lane.device.close()
         if self._workers is not None:
             self._workers.close()
-        self._lanes, self._workers = [], None
+        for device in self._devices:
+            device.close()
+        self._lanes, self._devices, self._workers = [], [], None
         self._gather = []
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -327,6 +330,7 @@ class Pipeline:
     ) -> tuple[int, float, Timeline, list[Recorder]]:
         """Run all devices to the end of the source: rows done, seconds, what was recorded."""
         lanes = self._lanes_for(source, sink)
+        self._tune(source, sink)
         recorders = [Recorder(lane.device.name, keep) for lane in lanes]
         done = _Count(source.rows, progress, self._ceiling_rows_per_s(lanes))
         ranges, number = Ranges(), next(_run_numbers)
@@ -369,13 +373,41 @@ class Pipeline:
         hardware = {lane.device.name: lane.device.description for lane in lanes}
         return done.rows, seconds, from_recorders(recorders, start, hardware), recorders
 
+    def _tune(self, source: Source, sink: Sink) -> None:
+        """Measure this machine's copies, once and where the run is large enough, and stage rows as suits them."""
+        row_bytes = 0 if isinstance(source, CudaSource) else self._wire_row_bytes[0]
+        row_bytes += 0 if isinstance(sink, CudaSink) else self._wire_row_bytes[1]
+        if not self._tuning.pays((source.rows or 0) * row_bytes):
+            return
+        self._tuning.measure()
+        before, self.staging = self.staging, self._tuning.staging
+        old = self._workers
+        if old is not None and self.staging.workers != before.workers:
+            self._workers = open_workers(self.staging.workers)
+        for lane in self._lanes:
+            if lane.workers is old and self._workers is not None:
+                lane.workers = self._workers
+            lane.executor.restage(lane.workers, self.staging)
+        if old is not None and old is not self._workers:
+            old.close()
+        self._note_ceilings()
+
+    def _note_ceilings(self) -> None:
+        if self._tuning.measured is not None:
+            found = self._tuning.measured.ceilings(*self._wire_row_bytes, len(self._devices))
+            self.ceilings = {device.name: found for device in self._devices}
+
+    @property
+    def _wire_row_bytes(self) -> tuple[int, int]:
+        """Bytes of a row on the bus, in and out."""
+        return self.layer.in_features * self.wire_in.itemsize, self.layer.out_features * self.wire_out.itemsize
+
     def _ceiling_rows_per_s(self, lanes: list[_Lane]) -> float | None:
         layer = self.layer
         return ceiling_rows_per_s(
             self.ceilings,
             [lane.device.name for lane in lanes],
-            layer.in_features * self.wire_in.itemsize,
-            layer.out_features * self.wire_out.itemsize,
+            *self._wire_row_bytes,
             2 * layer.in_features * layer.out_features,
         )
 
@@ -431,6 +463,9 @@ class Pipeline:
             num_streams=self.num_streams,
             chunks=stages["kernel"].count,
             copy_workers=lanes[0].workers.description,
+            piece_bytes=self.staging.piece_bytes,
+            ring_pieces=self.staging.ring_pieces,
+            staging_origin=self.staging.origin,
             pinned_bytes=sum(ring.allocated_bytes for ring in rings) + sum(buffer.nbytes for buffer in self._gather),
             source=source.kind,
         )

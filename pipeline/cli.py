@@ -20,6 +20,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -393,7 +394,7 @@ def _collect_info() -> dict[str, Any]:
 
     import torch
 
-    from pipeline import config
+    from pipeline import config, tune
     from pipeline.devices.base import open_device
     from pipeline.devices.cuda import count_gpus
 
@@ -412,7 +413,9 @@ def _collect_info() -> dict[str, Any]:
     cpu = open_device("cpu")
     devices["cpu"] = {"name": cpu.description, "kernels": {"all": f"torch {torch.__version__} and NumPy"}}
     cpu.close()
-    staging = config.Staging.chosen()
+    names = [f"{gpu['name']} ({gpu['arch']})" for gpu in devices.values() if "arch" in gpu]
+    measured = tune.known(tune.machine_facts(names)) if names else None
+    staging = config.Staging.chosen(None if measured is None else measured.staging())
     sizes = [path.stat().st_size for path in (config.cache_dir() / "kernels").rglob("*") if path.is_file()]
     return {
         "versions": versions,
@@ -422,6 +425,8 @@ def _collect_info() -> dict[str, Any]:
             "copy_workers": staging.workers,
             "piece_bytes": staging.piece_bytes,
             "ring_pieces": staging.ring_pieces,
+            "origin": staging.origin,
+            "measured": asdict(measured) if measured is not None else None,
         },
     }
 
@@ -447,8 +452,15 @@ def _info(args: argparse.Namespace) -> int:
     print(f"cache: {cache['path']}, {cache['kernels']} kernels, {cache['bytes'] / 2**20:.1f} MiB")
     print(
         f"host path: {host['copy_workers']} copy workers, {host['ring_pieces']} pinned pieces of "
-        f"{host['piece_bytes'] / 2**20:g} MiB in each direction"
+        f"{host['piece_bytes'] / 2**20:g} MiB in each direction; {host['origin']}"
     )
+    if host["measured"] is not None:
+        measured = host["measured"]
+        print(
+            f"GB/s each way: {measured['duplex_gb_per_s']:.1f} with pinned memory at both ends, "
+            f"{measured['staged_gb_per_s']:.1f} with ordinary memory, the copy workers alone "
+            f"{measured['host_gb_per_s']:.1f}"
+        )
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def _environment_int(name: str, default: int) -> int:
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: PIPELINE_CACHE_DIR, else `pipeline` in $XDG_CACHE_HOME or `~/.cache`."""
+    """Where kernels and measurements are kept: PIPELINE_CACHE_DIR, else `pipeline` in $XDG_CACHE_HOME or `~/.cache`."""
     chosen = os.environ.get("PIPELINE_CACHE_DIR")
     if chosen:
         return Path(chosen)
@@ -130,24 +130,51 @@ class Staging:
     piece_bytes: int  # of one pinned piece, on the wire
     ring_pieces: int  # in each direction
     workers: int  # threads that fill and drain pieces
-    touch_ahead: bool  # map the pages of new results ahead of the drains
+    touch_ahead: bool = True  # map the pages of new results ahead of the drains
+    origin: str = field(default="", compare=False)  # where the values came from, for reports
 
     @classmethod
-    def chosen(
-        cls, piece_bytes: int | None = None, ring_pieces: int | None = None, workers: int | None = None
-    ) -> Staging:
-        """What the environment says (PIPELINE_PIECE_BYTES, PIPELINE_RING_PIECES, PIPELINE_COPY_WORKERS,
-        PIPELINE_TOUCH_AHEAD), else the arguments, else what suits most machines.
+    def default(cls) -> Staging:
+        """What suits most machines.
 
         8 MiB and 6 pieces: a ring that stays in the last-level cache. Workers: all cores but two, one for the loop
         and one for everybody else; at least 1, at most 16.
         """
+        return cls(8 * MIB, 6, min(16, max(1, cores() - 2)), origin="defaults")
+
+    @classmethod
+    def chosen(cls, found: Staging | None = None) -> Staging:
+        """What the environment says (PIPELINE_PIECE_BYTES, PIPELINE_RING_PIECES, PIPELINE_COPY_WORKERS,
+        PIPELINE_TOUCH_AHEAD), else what was found (None: the default).
+
+        Raises:
+            OptionError: a variable is no whole number of at least 1.
+        """
+        found = found or cls.default()
+        names = ("PIPELINE_PIECE_BYTES", "PIPELINE_RING_PIECES", "PIPELINE_COPY_WORKERS")
+        given = [name for name in names if os.environ.get(name)]
         return cls(
-            _environment_int("PIPELINE_PIECE_BYTES", piece_bytes or 8 * MIB),
-            _environment_int("PIPELINE_RING_PIECES", ring_pieces or 6),
-            _environment_int("PIPELINE_COPY_WORKERS", workers or min(16, max(1, cores() - 2))),
-            os.environ.get("PIPELINE_TOUCH_AHEAD") != "0",
+            _environment_int(names[0], found.piece_bytes),
+            _environment_int(names[1], found.ring_pieces),
+            _environment_int(names[2], found.workers),
+            touch_ahead=os.environ.get("PIPELINE_TOUCH_AHEAD") != "0",
+            origin=", ".join([found.origin, *given] if len(given) < len(names) else given),
         )
+
+
+def tuning() -> str:
+    """When to measure this machine's copies (PIPELINE_TUNE): "never" for 0, "always" for 1, else "once".
+
+    Raises:
+        OptionError: another value.
+    """
+    text = os.environ.get("PIPELINE_TUNE", "")
+    if text not in ("", "0", "1"):
+        raise OptionError(
+            f"environment variable PIPELINE_TUNE is {text!r}, expected 0 (use the defaults), 1 (measure in every "
+            f"Pipeline) or nothing (measure once, in a large run)"
+        )
+    return {"": "once", "0": "never", "1": "always"}[text]
 
 
 def native_copy() -> bool:

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.arrays import HostArray
 from pipeline.config import DType, Staging
@@ -29,7 +29,17 @@ from pipeline.instrument import Ranges, Recorder
 from pipeline.io.jobs import Job
 from pipeline.io.rows import Chunk, Feed, Sink, SourceRows, TargetRows
 from pipeline.io.staging import Ring
-from pipeline.layer import FusedLinear
+
+
+class RowShape(Protocol):
+    """What the executor asks of a layer: the width and element type of the rows that cross the bus."""
+
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def dtype(self) -> DType: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -73,20 +83,33 @@ class Executor:
         self,
         device: Device,
         workers: Workers,
-        layer: FusedLinear,
+        layer: RowShape,
         out_dtype: DType,
         num_streams: int,
         staging: Staging | None = None,
+        pinned: Callable[[int], HostArray] | None = None,
     ) -> None:
-        """`layer` and `out_dtype` are what crosses the bus: the prepared device's. `staging` None means the default."""
-        self.device, self.workers, self.staging = device, workers, staging or Staging.chosen()
+        """`layer` and `out_dtype` are what crosses the bus: the prepared device's. `staging` None means the default.
+        `pinned` allocates the rings, by itself the device does."""
+        self.device, self._layer, self._out_dtype = device, layer, out_dtype
         self._in_row_bytes = layer.in_features * layer.dtype.itemsize
         self._out_row_bytes = layer.out_features * out_dtype.itemsize
-        size, pieces = self.staging.piece_bytes, self.staging.ring_pieces
-        self.ring_in = Ring(device.pinned, pieces, size, layer.in_features, layer.dtype, poison=device.poison)
-        self.ring_out = Ring(device.pinned, pieces, size, layer.out_features, out_dtype, poison=device.poison)
-        self._num_streams = num_streams
+        self._num_streams, self._pinned = num_streams, pinned or device.pinned
         self._unfinished = False  # a second interrupt can leave a run before its buffers are free
+        self._stage(workers, staging or Staging.chosen())
+
+    def _stage(self, workers: Workers, staging: Staging) -> None:
+        self.workers, self.staging = workers, staging
+        layer, poison, size, pieces = self._layer, self.device.poison, staging.piece_bytes, staging.ring_pieces
+        self.ring_in = Ring(self._pinned, pieces, size, layer.in_features, layer.dtype, poison=poison)
+        self.ring_out = Ring(self._pinned, pieces, size, layer.out_features, self._out_dtype, poison=poison)
+
+    def restage(self, workers: Workers, staging: Staging) -> None:
+        """Stage the next runs' rows with other workers and rings. Between runs only; frees the old rings' memory."""
+        old = self.ring_in, self.ring_out
+        self._stage(workers, staging)
+        for ring in old:
+            ring.free(self.device.free_pinned)
 
     def run(
         self,

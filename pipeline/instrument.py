@@ -147,6 +147,19 @@ class Ceilings:
         }[stage]
 
 
+def bus_rates(
+    in_bytes: float, out_bytes: float, h2d_gb_per_s: float, d2h_gb_per_s: float, duplex_gb_per_s: float
+) -> tuple[float, float]:
+    """GB/s of each direction of a bus that moves `in_bytes` one way for every `out_bytes` the other way.
+
+    A direction runs at the duplex rate while the other one is busy too, and alone at its own rate for the rest.
+    """
+    both = min(in_bytes, out_bytes)
+    h2d_s = both / duplex_gb_per_s + (in_bytes - both) / h2d_gb_per_s
+    d2h_s = both / duplex_gb_per_s + (out_bytes - both) / d2h_gb_per_s
+    return in_bytes / h2d_s, out_bytes / d2h_s
+
+
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """The union of time spans, sorted and without overlaps."""
     union: list[tuple[float, float]] = []

@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.config import DEFAULT_STREAMS, GIB, DType, auto_chunk_rows
 from pipeline.errors import FileFormatError, OptionError
+from pipeline.instrument import bus_rates
 from pipeline.simulate import Rates, simulate
 
 MEMORY = ("pinned", "array", "file")
@@ -227,14 +228,11 @@ def predict(job: Job, machine: Machine) -> Prediction:
 def _rates(job: Job, machine: Machine, gpus: int) -> Rates:
     """A GPU's rates with `gpus` at work on its host, each moving its share both ways."""
     duplex = machine.duplex_of(gpus) / gpus
-    # A direction runs at the duplex rate while the other one is busy too, and alone at its own rate for the rest.
-    overlap = min(job.in_row_bytes, job.out_row_bytes)
-    h2d_s = overlap / duplex + (job.in_row_bytes - overlap) / machine.h2d_gb_per_s
-    d2h_s = overlap / duplex + (job.out_row_bytes - overlap) / machine.d2h_gb_per_s
+    h2d, d2h = bus_rates(job.in_row_bytes, job.out_row_bytes, machine.h2d_gb_per_s, machine.d2h_gb_per_s, duplex)
     memory = machine.copy_gb_per_s
     return Rates(
-        h2d=job.in_row_bytes / h2d_s * 1e9,
-        d2h=job.out_row_bytes / d2h_s * 1e9,
+        h2d=h2d * 1e9,
+        d2h=d2h * 1e9,
         flop=machine.kernel_tflops[job.runs_as] * 1e12,
         copy=memory * 1e9,
         fill=(min(memory, machine.file_read_gb_per_s / gpus) if job.source == "file" else memory) * 1e9,

@@ -60,6 +60,9 @@ class Stats:
     num_streams: int
     chunks: int
     copy_workers: str
+    piece_bytes: int  # of the pinned ring in each direction, on the wire
+    ring_pieces: int
+    staging_origin: str  # where these two and the number of copy workers come from
     pinned_bytes: int
     source: str
 
@@ -77,8 +80,10 @@ class Stats:
             f"{self.gb_per_s_in:.2f} GB/s in, {self.gb_per_s_out:.2f} GB/s out",
             f"on {', '.join(f'{name} ({hardware})' for name, hardware in self.devices.items())}",
             f"{self.kernel}; precision {self.precision}, ran as {self.runs_as}",
-            f"chunks: {self.chunks} of up to {self.chunk_rows} rows; streams: {self.num_streams}; {self.copy_workers}, "
+            f"chunks: {self.chunks} of up to {self.chunk_rows} rows; streams: {self.num_streams}; "
             f"{self.pinned_bytes / 2**20:.0f} MiB pinned",
+            f"{self.copy_workers}; ring: {self.ring_pieces} pieces of {self.piece_bytes / 2**20:g} MiB each way; "
+            f"{self.staging_origin}",
             *stage_table({name: asdict(stage) for name, stage in self.stages.items()}),
         ]
         if self.bound != "none":

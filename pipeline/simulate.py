@@ -69,8 +69,8 @@ def simulate(
 ) -> Simulated:
     """Run `rows` rows through the executor on one simulated GPU, on a virtual clock and without data."""
     device = _PlanDevice(rates)
-    shape = cast(FusedLinear, _Shape(in_features, out_features, dtype))
-    device.prepare(shape, dtype, chunk_rows)
+    shape = _Shape(in_features, out_features, dtype)
+    device.prepare(cast(FusedLinear, shape), dtype, chunk_rows)
     device.allocate(chunk_rows, num_streams)
     workers = _PlanWorkers(device, rates)
     executor = Executor(device, workers, shape, dtype, num_streams)

@@ -388,7 +388,7 @@ def test_info_describes_the_machine(
     info = json.loads(capsys.readouterr().out)
     assert info["versions"]["pipeline"] == pipeline.__version__
     assert info["cache"] == {"path": str(tmp_path), "kernels": 1, "bytes": 1000}
-    assert set(info["host"]) == {"copy_workers", "piece_bytes", "ring_pieces"}
+    assert set(info["host"]) == {"copy_workers", "piece_bytes", "ring_pieces", "origin", "measured"}
     assert "cpu" in info["devices"]
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out

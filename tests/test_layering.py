@@ -23,6 +23,8 @@ LEVELS = {
     "devices": 4,
     "io": 5,
     "executor": 6,
+    "measure": 7,
+    "tune": 8,
     "timeline": 6,
     "pinned": 5,
     "report": 7,

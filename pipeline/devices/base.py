@@ -18,7 +18,6 @@ import numpy as np
 from pipeline.arrays import HostArray
 from pipeline.config import DType
 from pipeline.errors import DeviceNotFoundError, OptionError
-from pipeline.instrument import Ceilings
 from pipeline.layer import FusedLinear
 
 
@@ -74,6 +73,7 @@ class Device(ABC):
     kernel: str = ""  # what computes, for reports; set by prepare()
     runs_as: str = ""  # the precision that really runs; set by prepare()
     poison: bool = False  # overwrite pinned pieces between uses
+    has_bus: bool = False  # its memory is apart from the host's, and `for_copies` gives what measures the way between
 
     def bind(self) -> None:
         """Make the device usable from the calling thread. The executor calls it before anything else."""
@@ -102,6 +102,9 @@ class Device(ABC):
     def pinned(self, n_bytes: int) -> HostArray:
         """Host memory that `upload` and `download` can use (uint8, 64-byte aligned). Lives until `close`."""
 
+    def free_pinned(self, memory: HostArray) -> None:
+        """Free what `pinned` gave before `close` does. Nothing may be using it any more."""
+
     @abstractmethod
     def in_place(self, rows: HostArray) -> bool:
         """Whether `upload` and `download` can use this contiguous host memory of the caller's as it is."""
@@ -124,9 +127,14 @@ class Device(ABC):
     def order_after(self, tensor: Any) -> None:
         """Let all later operations wait for what the caller has queued on the tensor's stream so far."""
 
-    def ceilings(self) -> Ceilings | None:
-        """The most that this device reaches for the prepared layer, where it was measured."""
-        return None
+    def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
+        """A second device on the same hardware whose kernels do nothing, for measuring copies: slots are allocated, for
+        rows of `row_bytes` in and out. The caller closes it. Only where `has_bus`.
+
+        Raises:
+            DeviceMemoryError: the slots don't fit beside what is there.
+        """
+        raise NotImplementedError(f"{self.name} has no bus to measure")
 
     def workers(self) -> Workers | None:
         """Copy workers of the device's own, for devices with a clock of their own."""

@@ -112,6 +112,8 @@ class _CudaOperation:
 class CudaDevice(Device):
     """GPU `ordinal`. Holds device memory for the weights and the slots, pinned host memory, streams and events."""
 
+    has_bus = True
+
     def __init__(self, ordinal: int) -> None:
         self._pid = os.getpid()
         self._launcher = Launcher.for_device(ordinal)
@@ -187,6 +189,12 @@ class CudaDevice(Device):
         self._pinned.append(address)
         return _memory_at(address, n_bytes)
 
+    def free_pinned(self, memory: HostArray) -> None:
+        address = int(memory.__array_interface__["data"][0])
+        self._pinned.remove(address)
+        self.bind()
+        call("cuMemFreeHost", address)
+
     def in_place(self, rows: HostArray) -> bool:
         """Whether the first and the last byte of `rows` are pinned memory, as the driver knows it."""
         first = rows.__array_interface__["data"][0]
@@ -231,6 +239,15 @@ class CudaDevice(Device):
         stream = self._streams[slot]
         return self._timed(slot, "D2H copy", lambda: call("cuMemcpyDtoHAsync", target, source, rows.nbytes, stream))
 
+    def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
+        probe = _CopiesOnly(self.ordinal, row_bytes)
+        try:
+            probe.allocate(chunk_rows, num_streams)
+        except BaseException:
+            probe.close()
+            raise
+        return probe
+
     def order_after(self, tensor: Any) -> None:
         import torch
 
@@ -266,6 +283,19 @@ class CudaDevice(Device):
         self._control = None
         self._streams, self._weights, self._buffers, self._pinned = [], [], [], []
         self._inputs, self._outputs = [], []
+
+
+class _CopiesOnly(CudaDevice):
+    """The same GPU with kernels that do nothing."""
+
+    def __init__(self, ordinal: int, row_bytes: int) -> None:
+        super().__init__(ordinal)
+        self._in_row_bytes = self._out_row_bytes = row_bytes
+
+    def compute(
+        self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
+    ) -> Operation:
+        return self._timed(slot, "kernel", lambda: None)
 
 
 def is_pinned(address: int) -> bool:

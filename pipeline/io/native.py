@@ -232,6 +232,11 @@ def _is_plain(array: HostArray) -> bool:
     return array.dtype.isnative and (array.strides[1] == array.itemsize or array.shape[1] <= 1)
 
 
+def workers_kind() -> str:
+    """What `open_workers` gives: "native" or "NumPy"."""
+    return "native" if native_copy() and _library()[0] is not None else "NumPy"
+
+
 def open_workers(count: int) -> Workers:
     """Copy workers: native ones, or Python threads where the library can't be used or PIPELINE_NATIVE_COPY is 0."""
     if not native_copy():

@@ -60,6 +60,12 @@ class Ring:
             self._memory[piece][:] = 0xFF
         self._free.append(piece)
 
+    def free(self, free: Callable[[HostArray], None]) -> None:
+        """Free the memory with `free`. Nothing may be using a piece, now or later."""
+        for memory in self._memory:
+            free(memory)
+        self._memory = []
+
     def give_back_all(self) -> None:
         """Every piece is free again: after an abort, once nothing uses them any more."""
         self._free = deque(range(self.pieces))

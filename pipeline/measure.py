@@ -1,0 +1,248 @@
+"""Short measurements of what a machine's copies reach: the bus, the copy workers, and both of them with a given ring.
+
+The executor's own loop does the copies, on devices whose kernels do nothing and with scratch memory at both ends.
+Several devices copy at the same time, since they may share the host's bus; rates are theirs together, bytes a second
+each way.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from pipeline.arrays import HostArray
+from pipeline.config import DEFAULT_STREAMS, FLOAT32, DType, Staging, cores
+from pipeline.devices.base import Device, DeviceRows, Operation, Workers
+from pipeline.executor import Executor
+from pipeline.instrument import Recorder
+from pipeline.io.jobs import CopyJob
+from pipeline.io.native import open_workers
+from pipeline.io.rows import ArrayRows, ArrayTarget, Chunk, Feed, Sink
+
+_FEATURES = 8192
+_ROW_BYTES = _FEATURES * FLOAT32.itemsize
+_CHUNK_ROWS = 1024  # 32 MiB, as runs have
+_CHUNK_BYTES = _CHUNK_ROWS * _ROW_BYTES
+_SOURCE_CHUNKS = 8  # 256 MiB, so that few of its rows are in a cache when they are read again
+_TARGET_CHUNKS = 2  # stores that bypass the caches find nothing there however small it is
+RING_BYTES = 2 * _CHUNK_BYTES  # the most that a ring may hold in one direction
+_FEWEST_CHUNKS = 2 * DEFAULT_STREAMS  # of a trial on a slow machine, so that all slots have been used
+
+
+@dataclass(frozen=True)
+class _Shape:
+    in_features: int = _FEATURES
+    out_features: int = _FEATURES
+    dtype: DType = FLOAT32
+
+
+class _TimedFeed(Feed):
+    """The same few chunks again and again until a moment has come."""
+
+    def __init__(self, chunks: HostArray | None, now: Callable[[], float], seconds: float) -> None:
+        self._chunks, self._now = chunks, now
+        self._until_s = now() + seconds
+        self._taken = 0
+        self.ended_s = float("inf")
+
+    def take(self) -> Chunk | None:
+        if self.ended_s < float("inf"):
+            return None
+        if self._taken >= _FEWEST_CHUNKS and self._now() >= self._until_s:
+            self.stop()
+            return None
+        index = self._taken
+        self._taken += 1
+        rows: ArrayRows | DeviceRows = _NO_ROWS
+        if self._chunks is not None:
+            rows = ArrayRows(self._chunks[index % len(self._chunks)])
+        return Chunk(index, index * _CHUNK_ROWS, _CHUNK_ROWS, rows)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.ended_s < float("inf")
+
+    def stop(self) -> None:
+        self.ended_s = min(self.ended_s, self._now())
+
+
+class _ScratchSink(Sink):
+    def __init__(self, chunks: HostArray | None) -> None:
+        self._chunks = chunks
+
+    def target(self, chunk: Chunk) -> ArrayTarget | DeviceRows:
+        return _NO_ROWS if self._chunks is None else ArrayTarget(self._chunks[chunk.index % len(self._chunks)])
+
+    def finish(self, rows: int) -> None:
+        pass
+
+
+_NO_ROWS = DeviceRows(0, 0, _FEATURES, _CHUNK_ROWS, None)  # of a device; its kernels do nothing, so nobody looks there
+
+
+class _Place:
+    """A device that copies only, and its pinned memory, from which each trial's rings are cut."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device.for_copies(_ROW_BYTES, _CHUNK_ROWS, DEFAULT_STREAMS)
+        try:
+            self._memory = self.device.pinned(2 * RING_BYTES)
+        except BaseException:
+            self.device.close()
+            raise
+        self._used = 0
+
+    def chunks(self, half: int) -> HostArray:
+        """Half of the pinned memory as chunks of rows."""
+        return _as_chunks(self._memory[half * RING_BYTES : (half + 1) * RING_BYTES])
+
+    def start(self) -> None:
+        self._used = 0
+
+    def take(self, n_bytes: int) -> HostArray:
+        first, self._used = self._used, self._used + n_bytes
+        return self._memory[first : self._used]
+
+
+class Copies:
+    """What measures the copies of `devices`. Holds device memory, pinned and scratch memory until it is closed.
+
+    `trial_s` is the length of one measurement, in seconds on the devices' clock.
+
+    Raises:
+        DeviceMemoryError: a device or the host lacks the memory.
+    """
+
+    def __init__(self, devices: Sequence[Device], trial_s: float) -> None:
+        self._trial_s = trial_s
+        self._places: list[_Place] = []
+        try:
+            for device in devices:
+                self._places.append(_Place(device))
+            scratch = _as_chunks(np.empty((_SOURCE_CHUNKS + _TARGET_CHUNKS) * _CHUNK_BYTES, np.uint8))
+            with ThreadPoolExecutor(min(16, cores())) as pool:  # writes, since pages that nobody wrote are all the same
+                list(pool.map(lambda chunk: np.copyto(chunk, 1), scratch))
+            self._source, self._target = scratch[:_SOURCE_CHUNKS], scratch[_SOURCE_CHUNKS:]
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Copies:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for place in self._places:
+            place.device.close()
+        self._places = []
+
+    def bus(self, staging: Staging) -> tuple[float, float, float]:
+        """Pinned memory, no copy workers at work: H2D alone, D2H alone, each way with both at once."""
+        workers = self._workers(staging)
+        try:
+            self._rate(
+                staging, workers, lambda place: (place.chunks(0), place.chunks(1))
+            )  # all memory has been used once
+            return (
+                self._rate(staging, workers, lambda place: (place.chunks(0), None)),
+                self._rate(staging, workers, lambda place: (None, place.chunks(1))),
+                self._rate(staging, workers, lambda place: (place.chunks(0), place.chunks(1))),
+            )
+        finally:
+            self._close(workers)
+
+    def staged(self, staging: Staging) -> float:
+        """From ordinary memory to ordinary memory, through rings and copy workers as `staging` says."""
+        workers = self._workers(staging)
+        try:
+            return self._rate(staging, workers, lambda place: (self._source, self._target))
+        finally:
+            self._close(workers)
+
+    def host(self, staging: Staging) -> float:
+        """The copy workers alone: they fill a ring and drain another one at the same time, and no bus is at work."""
+        all_workers = self._workers(staging)
+        place, workers = self._places[0], all_workers[0]
+        device, rows = place.device, max(1, staging.piece_bytes // _ROW_BYTES)
+        place.start()
+        pieces = [(_as_rows(place.take(rows * _ROW_BYTES)), fills) for fills in [True, False] * staging.ring_pieces]
+        source, target = self._source.reshape(-1, _FEATURES), self._target.reshape(-1, _FEATURES)
+        next_row = {True: 0, False: 0}
+
+        def submit(piece: HostArray, fills: bool) -> Operation:
+            ordinary = source if fills else target
+            row = next_row[fills] if next_row[fills] + rows <= len(ordinary) else 0
+            next_row[fills] = row + rows
+            part = ordinary[row : row + rows]
+            return workers.submit(CopyJob(piece, part) if fills else CopyJob(part, piece, streaming=True))
+
+        try:
+            device.bind()
+            start_s, done = device.now(), 0
+            running = [submit(*piece) for piece in pieces]
+            while done < 2 * len(pieces) or device.now() < start_s + self._trial_s:
+                number = done % len(pieces)  # fills and drains take turns: one of each pair is of either kind
+                while not running[number].done():
+                    device.idle()
+                done += 1
+                running[number] = submit(*pieces[number])
+            return done / 2 * rows * _ROW_BYTES / (device.now() - start_s)
+        finally:
+            workers.wait_all()
+            self._close(all_workers)
+
+    def _workers(self, staging: Staging) -> list[Workers]:
+        """Copy workers for each device: its own where it has some, else the same ones for all."""
+        own = [place.device.workers() for place in self._places]
+        shared = open_workers(staging.workers) if None in own else None
+        return [workers or shared for workers in own]  # type: ignore[misc]  # shared is None where nobody needs it
+
+    def _close(self, workers: list[Workers]) -> None:
+        for each in {id(each): each for each in workers}.values():
+            each.close()
+
+    def _rate(
+        self,
+        staging: Staging,
+        workers: list[Workers],
+        ends: Callable[[_Place], tuple[HostArray | None, HostArray | None]],
+    ) -> float:
+        """Bytes a second each way of all devices, from the chunks of source to those of target that `ends` gives for
+        each; None for rows in the device's own memory."""
+
+        def one(place: _Place, workers: Workers) -> float:
+            device = place.device
+            place.start()
+            executor = Executor(device, workers, _Shape(), FLOAT32, DEFAULT_STREAMS, staging, place.take)
+            source, target = ends(place)
+            device.bind()
+            feed = _TimedFeed(source, device.now, self._trial_s)
+            done_s = [device.now()]
+            executor.run(
+                feed,
+                _ScratchSink(target),
+                Recorder(device.name, 0),
+                lambda _: done_s.append(device.now()),
+                threading.Event(),
+            )
+            inside = [moment for moment in done_s if moment <= feed.ended_s]  # afterwards the lanes run empty
+            first = len(inside) // 3  # until then they were filling
+            return (len(inside) - 1 - first) * _CHUNK_BYTES / (inside[-1] - inside[first])
+
+        with ThreadPoolExecutor(len(self._places)) as pool:
+            return sum(pool.map(one, self._places, workers))
+
+
+def _as_rows(memory: HostArray) -> HostArray:
+    return memory.view(FLOAT32.carrier).reshape(-1, _FEATURES)
+
+
+def _as_chunks(memory: HostArray) -> HostArray:
+    return memory.view(FLOAT32.carrier).reshape(-1, _CHUNK_ROWS, _FEATURES)

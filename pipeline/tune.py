@@ -1,0 +1,243 @@
+"""How rows are staged on this machine, and what its copies reach: measured once, kept in a file, shown in reports.
+
+A measurement takes about a second, so it is made by the first large run on a machine and kept in `cache_dir()/tuning/`,
+one JSON file a kind of machine. Environment variables go before what was measured (see `Staging.chosen`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import GIB, MIB, Staging, cache_dir, cores, tuning
+from pipeline.devices.base import Device
+from pipeline.errors import DeviceMemoryError
+from pipeline.instrument import Ceilings, bus_rates
+from pipeline.io.native import workers_kind
+from pipeline.measure import RING_BYTES, Copies
+
+PAYS_BYTES = 8 * GIB  # a run that moves as much, in and out together, may start with a measurement
+_BUDGET_S, _TRIAL_S = 1.0, 0.02
+_ROUNDS = 2
+_BETTER = 1.03  # by less than that, trials differ from each other: what suits most machines stays
+_RINGS = ((8, 6), (8, 4), (8, 8), (4, 6), (4, 12), (2, 12), (12, 5), (16, 4))  # MiB a piece, pieces each way
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one measurement found. GB/s are 1e9 bytes a second, each way, of all the machine's devices that were used.
+
+    `h2d` and `d2h` are a direction's alone and `duplex` both at once, from and to pinned memory; `host` is what the
+    copy workers fill and at the same time drain without a bus; `staged` is all of it together, ordinary memory to
+    ordinary memory, with the pieces and workers that were chosen.
+    """
+
+    piece_bytes: int
+    ring_pieces: int
+    workers: int
+    h2d_gb_per_s: float
+    d2h_gb_per_s: float
+    duplex_gb_per_s: float
+    host_gb_per_s: float
+    staged_gb_per_s: float
+    seconds: float  # that the measurement took
+    time: str  # when it was made, ISO 8601
+
+    @property
+    def origin(self) -> str:
+        return f"measured on this machine at {self.time}"
+
+    def staging(self) -> Staging:
+        return Staging(self.piece_bytes, self.ring_pieces, self.workers, origin=self.origin)
+
+    def ceilings(self, in_row_bytes: int, out_row_bytes: int, devices: int) -> Ceilings:
+        """Those of one of `devices` devices that were measured together, for rows of so many bytes on the bus."""
+        rates = (self.h2d_gb_per_s, self.d2h_gb_per_s, self.duplex_gb_per_s)
+        h2d, d2h = bus_rates(in_row_bytes, out_row_bytes, *(rate / devices for rate in rates))
+        host = self.host_gb_per_s / devices
+        return Ceilings(h2d, d2h, fill_gb_per_s=host, drain_gb_per_s=host, origin=self.origin)
+
+
+class Tuning:
+    """What is known of the copies of some opened devices, and what could still be measured."""
+
+    def __init__(self, devices: Sequence[Device]) -> None:
+        self._devices = list(devices)
+        self.measured: Measured | None = None
+        self._why_not = ""
+        if all(device.has_bus for device in devices):
+            self._facts = machine_facts([device.description for device in devices])
+            self.measured = known(self._facts)
+        else:
+            self._why_not = "no bus to measure"
+
+    @property
+    def staging(self) -> Staging:
+        """How rows should be staged, as far as it is known now."""
+        found = Staging.default() if self.measured is None else self.measured.staging()
+        return Staging.chosen(replace(found, origin=found.origin + (f" ({self._why_not})" if self._why_not else "")))
+
+    def pays(self, n_bytes: int) -> bool:
+        """Whether a run that moves `n_bytes` in and out together should start with a measurement."""
+        when = tuning()
+        if self._why_not or self.measured is not None or when == "never":
+            return False
+        return when == "always" or n_bytes >= PAYS_BYTES
+
+    def measure(self) -> None:
+        """Measure, and keep what was found for later processes. Blocks for about a second.
+
+        Where a device lacks the memory for it nothing is measured, and `staging` says so.
+        """
+        try:
+            copies = Copies(self._devices, _TRIAL_S)
+        except DeviceMemoryError as error:
+            self._why_not = f"not measured: {error}"
+            return
+        with copies:
+            self.measured = measured_with(copies, time.perf_counter, _BUDGET_S)
+        save(self._facts, self.measured)
+
+
+def measured_with(copies: Copies, now: Callable[[], float], budget_s: float) -> Measured:
+    """Ceilings first, then the search in what is left of the budget."""
+    start_s = now()
+    first = Staging.default()
+    h2d, d2h, duplex = (rate / 1e9 for rate in copies.bus(first))
+    best, staged = search(copies.staged, first, lambda: now() - start_s < budget_s)
+    host = copies.host(best) / 1e9
+    when = datetime.now(UTC).isoformat(timespec="seconds")
+    rates = (h2d, d2h, duplex, host, staged / 1e9)
+    return Measured(best.piece_bytes, best.ring_pieces, best.workers, *rates, now() - start_s, when)
+
+
+def search(rate: Callable[[Staging], float], first: Staging, time_left: Callable[[], bool]) -> tuple[Staging, float]:
+    """The staging with the best rate, and that rate: first the number of workers, then piece and ring.
+
+    `first` is tried in any case, and stays where nothing is better by more than trials differ.
+    """
+    most = cores()
+    counts = {first.workers: None} | dict.fromkeys(max(1, n) for n in (most - 1, most - 3, most * 3 // 4, most // 2))
+    best, _ = _best([replace(first, workers=n) for n in counts], rate, time_left)
+    rings = {(first.piece_bytes, first.ring_pieces): None} | {(mib * MIB, pieces): None for mib, pieces in _RINGS}
+    candidates = [replace(best, piece_bytes=size, ring_pieces=pieces) for size, pieces in rings]
+    return _best([each for each in candidates if each.piece_bytes * each.ring_pieces <= RING_BYTES], rate, time_left)
+
+
+def _best(
+    candidates: list[Staging], rate: Callable[[Staging], float], time_left: Callable[[], bool]
+) -> tuple[Staging, float]:
+    """The best by its worst round, so that one lucky trial doesn't win. A round that the time cuts short counts where
+    no candidate had a whole one; what wasn't tried can't win."""
+    rates: list[list[float]] = [[] for _ in candidates]
+    for number in range(_ROUNDS):
+        for candidate, found in zip(candidates, rates, strict=True):
+            if (candidate is candidates[0] and number == 0) or time_left():
+                found.append(rate(candidate))
+    rounds = min(len(found) for found in rates if found)
+    lowest = [min(found[:rounds], default=0.0) for found in rates]
+    winner = max(range(len(candidates)), key=lambda i: lowest[i])
+    if lowest[winner] < _BETTER * lowest[0]:
+        winner = 0
+    return candidates[winner], lowest[winner]
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def machine_facts(devices: Sequence[str]) -> dict[str, Any]:
+    """What a measurement with devices of these descriptions depends on. One that was made on another machine of which
+    all this is the same may stand for it."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": cores(),
+        "devices": list(devices),
+        "copy_workers": workers_kind(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def path_of(facts: dict[str, Any]) -> Path:
+    """The file for a machine with these facts."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir() / "tuning" / f"{digest}.json"
+
+
+def known(facts: dict[str, Any]) -> Measured | None:
+    """What was measured on this kind of machine, where PIPELINE_TUNE lets it be used; None where nothing was."""
+    return load(facts) if tuning() == "once" else None
+
+
+def load(facts: dict[str, Any]) -> Measured | None:
+    """What was measured on this kind of machine, or None. A file that can't be used is reported as a RuntimeWarning."""
+    path = path_of(facts)
+    try:
+        document = json.loads(path.read_text())
+        if document["machine"] != facts:
+            raise ValueError("it is of another machine")
+        return _checked(document["measured"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        warnings.warn(
+            f"the measurement in {path} can't be used: {error!r}; the next large run measures again, or remove it",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _checked(values: dict[str, Any]) -> Measured:
+    """`values` as a `Measured`.
+
+    Raises:
+        ValueError, TypeError: fields are missing or unknown, or numbers aren't positive.
+    """
+    measured = Measured(**values)
+    for field in fields(Measured):
+        value, kind = getattr(measured, field.name), str(field.type)
+        allowed: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
+        right = isinstance(value, allowed[kind]) and not isinstance(value, bool)
+        if not right or (kind != "str" and not 0 < value < float("inf")):
+            raise ValueError(f"{field.name} is {value!r}, expected a positive {kind}")
+    return measured
+
+
+def save(facts: dict[str, Any], measured: Measured) -> None:
+    """Keep a measurement. A folder that can't be written is reported as a RuntimeWarning: later processes measure."""
+    path, text = path_of(facts), json.dumps({"machine": facts, "measured": asdict(measured)}, indent=2) + "\n"
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".partial")
+        try:
+            with open(fd, "w") as file:
+                file.write(text)
+            os.replace(name, path)  # whole or not at all, also where several processes measure
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        warnings.warn(
+            f"the measurement of this machine can't be kept in {path}: {error}; set PIPELINE_CACHE_DIR to a folder of "
+            f"your own",
+            RuntimeWarning,
+            stacklevel=2,
+        )
