@@ -206,6 +206,11 @@ def test_source_of_batches_gives_the_bits_of_the_whole(
                 assert_same_bits(out, layer(x))
 
 
+def test_results_near_zero_are_within_the_tolerance_of_these_tests() -> None:
+    layer, x = random_layer(IN, OUT, "float64"), random_rows(23, IN, "float64")  # has a result of 1.6e-5
+    assert_close(layer(x, out=poisoned((23, OUT), "float16")), layer, x)
+
+
 @every
 @given(
     rows=st.integers(0, 70),
@@ -944,3 +949,11 @@ def test_batches_of_bfloat16_come_back_as_they_went_in() -> None:
 def test_source_of_file_object_or_memory_is_refused() -> None:
     with pytest.raises(InputError):
         run_pipelined(LAYER, io.BytesIO(NPY_BYTES), devices="cpu")
+
+
+def test_source_of_a_raw_file_is_a_memmap_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.f32"
+    path.write_bytes(b"a header of 24 bytes ..." + X.tobytes())
+    with open_pipeline() as pipeline:
+        result = pipeline.run(np.memmap(path, np.float32, "r", 24, X.shape))
+    assert_same_bits(result.out, LAYER(X))
