@@ -4,8 +4,8 @@
 
 A chunk is the rows of one kernel launch and occupies one slot of the device from its first H2D to its last drain. A
 piece is the part of a chunk that fits one buffer of a pinned ring. Where the caller's memory can be used by the copy
-engines as it is, the fill or the drain vanishes and the whole chunk is one copy; where it is the device's own, the
-H2D or the D2H vanishes too.
+engines as it is, the fill or the drain vanishes and the whole chunk is one copy; where it is the device's own (CUDA
+tensors; for the CPU any contiguous rows), the H2D or the D2H vanishes too.
 
 Every lane is a queue in the order in which its operations were started, and each pass of the loop looks at the heads
 only. A buffer goes back to its ring or its slot to the free list when, and only when, the operation that last used it
@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pipeline.arrays import HostArray
 from pipeline.config import DType, Staging
@@ -74,6 +74,7 @@ class _Step:
 
 
 Lane = deque[_Step]
+Rows = TypeVar("Rows", SourceRows | DeviceRows, TargetRows | DeviceRows)
 
 
 class Executor:
@@ -184,7 +185,10 @@ class Executor:
             self._fail(error, f"the source after {self._admitted} chunks", None)
             return True
         self._admitted += 1
-        flight = _Flight(chunk, self._free_slots.popleft(), chunk.source, target)
+        source = chunk.source
+        if chunk.release is None:  # memory that stays as it is until the kernel has read it
+            source = self._own_rows(source)
+        flight = _Flight(chunk, self._free_slots.popleft(), source, self._own_rows(target))
         self._flights.append(flight)
         if chunk.filled is not None:
             self._record("fill", chunk, *chunk.filled, chunk.rows * self._in_row_bytes)
@@ -194,12 +198,19 @@ class Executor:
         elif flight.source.array is not None and self.device.in_place(flight.source.array):
             flight.fill_started = chunk.rows
             self._upload(flight, 0, chunk.rows, None)
+        target = flight.target
         if not isinstance(target, DeviceRows):
             if target.array is not None and self.device.in_place(target.array):
                 flight.in_place_target = target.array
             elif target.touch is not None and self.staging.touch_ahead:
                 self._touching.append(self.workers.submit(target.touch))
         return True
+
+    def _own_rows(self, rows: Rows) -> Rows | DeviceRows:
+        """Host rows as the device's own, where it computes from and to the caller's memory."""
+        if isinstance(rows, DeviceRows) or rows.array is None:
+            return rows
+        return self.device.own_rows(rows.array) or rows
 
     def _start_fills(self) -> bool:
         """Let workers copy the next rows of the oldest unfilled chunk into free pieces."""

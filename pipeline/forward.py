@@ -9,11 +9,13 @@ For x (rows, in_features), W (out_features, in_features), b (out_features,):
 from __future__ import annotations
 
 import math
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline import row_threads
 from pipeline.arrays import HostArray, byte_range, is_cuda, is_torch, overlaps, to_float64
 from pipeline.config import FLOAT64, parse_dtype
 from pipeline.errors import DTypeError, OptionError, ShapeError
@@ -41,13 +43,14 @@ def reference(x: Any, weight: Any, bias: Any, scaling_factor: float) -> npt.NDAr
     return sigmoid_scale_add(z, scaling_factor)
 
 
-def sigmoid_scale_add(z: HostArray, scaling_factor: float) -> HostArray:
-    """scaling_factor * sigmoid(z) + z, in z's element type.
+def sigmoid_scale_add(z: HostArray, scaling_factor: float, out: HostArray | None = None) -> HostArray:
+    """scaling_factor * sigmoid(z) + z, in z's element type; to contiguous `out`, or a new array.
 
     NumPy, because its exp gives an element the same bits wherever it stands; torch's vector and scalar code differ.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        y = np.exp(-z)
+        y = np.negative(z, out=out)
+        np.exp(y, out=y)
         y += 1
         np.divide(scaling_factor, y, out=y)
         y += z
@@ -172,27 +175,64 @@ class HostWeights:
     def forward(self, x: torch.Tensor, out: torch.Tensor, scaling_factor: float, first_row: int = 0) -> None:
         """out[:] = layer(x), rounded once. `first_row` is the row's number in its dataset (see CPU_ROW_GRID).
 
-        x (rows, in_features), out (rows, out_features): CPU tensors of any strides and element types.
+        x (rows, in_features), out (rows, out_features): CPU tensors of any strides and element types. Blocks of rows
+        are shared among as many threads as torch uses in the calling one.
         """
         import torch
 
         rows, lead = x.shape[0], first_row % CPU_ROW_GRID
-        for start in range(-lead, rows, _CPU_BLOCK_ROWS):
-            stop = min(start + _CPU_BLOCK_ROWS, rows)
-            first = max(start, 0)
-            block_rows = -(-(stop - start) // CPU_ROW_GRID) * CPU_ROW_GRID
-            block = x[first:stop]
-            in_place = block.dtype == self.compute_dtype and block.is_contiguous() and block.data_ptr() % 64 == 0
-            if block_rows != stop - first or not in_place:
-                block = torch.zeros(block_rows, x.shape[1], dtype=self.compute_dtype, device="cpu")
-                block[first - start : stop - start] = x[first:stop]
-            with torch.autocast("cpu", enabled=False):  # the caller's autocast would round z
-                if self.bias is None:
-                    z = block @ self.transposed
-                else:
-                    z = torch.addmm(self.bias, block, self.transposed)
-            z = z[first - start : stop - start, : self.out_features]
-            out[first:stop] = torch.from_numpy(sigmoid_scale_add(z.numpy(), scaling_factor))
+        threads = torch.get_num_threads()
+        share = -(-(rows + lead) // (threads * CPU_ROW_GRID)) * CPU_ROW_GRID
+        block_rows = max(CPU_ROW_GRID, min(_CPU_BLOCK_ROWS, share))
+        scratch: deque[_Scratch] = deque()
+
+        def compute(start: int) -> None:
+            with torch.inference_mode(), torch.autocast("cpu", enabled=False):  # autocast would round z
+                mine = scratch.pop() if scratch else _Scratch(self, block_rows)
+                self._forward_block(x, out, scaling_factor, start, min(start + block_rows, rows), mine)
+                scratch.append(mine)
+
+        row_threads.each(compute, range(-lead, rows, block_rows), threads)
+
+    def _forward_block(
+        self, x: torch.Tensor, out: torch.Tensor, scaling_factor: float, start: int, stop: int, scratch: _Scratch
+    ) -> None:
+        """Rows [start, stop), where `start` is on the grid; rows before 0 aren't there and count as zeros."""
+        import torch
+
+        first = max(start, 0)
+        skipped, rows = first - start, stop - start
+        padded = -(-rows // CPU_ROW_GRID) * CPU_ROW_GRID
+        block = x[first:stop]
+        in_place = block.dtype == self.compute_dtype and block.is_contiguous() and block.data_ptr() % 64 == 0
+        if padded != stop - first or not in_place:
+            block = scratch.x[:padded]
+            block[:skipped] = 0
+            block[skipped:rows] = x[first:stop]
+            block[rows:] = 0
+        z = scratch.z[:padded]
+        if self.bias is None:
+            torch.mm(block, self.transposed, out=z)
+        else:
+            torch.addmm(self.bias, block, self.transposed, out=z)
+        target = out[first:stop]
+        direct = target.dtype == self.compute_dtype and target.is_contiguous()
+        y = target if direct else scratch.y[: stop - first]
+        sigmoid_scale_add(z[skipped:rows, : self.out_features].numpy(), scaling_factor, y.numpy())
+        if not direct:
+            target.copy_(y)
+
+
+class _Scratch:
+    """Memory for one block of rows, used for one after the other, since fresh pages cost time."""
+
+    def __init__(self, weights: HostWeights, rows: int) -> None:
+        import torch
+
+        in_features, padded_features = weights.transposed.shape
+        self.x = torch.empty(rows, in_features, dtype=weights.compute_dtype, device="cpu")
+        self.z = torch.empty(rows, padded_features, dtype=weights.compute_dtype, device="cpu")
+        self.y = torch.empty(rows, weights.out_features, dtype=weights.compute_dtype, device="cpu")
 
 
 def rows_for_kernel(matrix: torch.Tensor) -> torch.Tensor:

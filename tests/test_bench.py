@@ -32,6 +32,14 @@ def test_bench_file_checks_every_row_and_reports_memory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [report]
 
 
+def test_bench_cpu_checks_every_row(tmp_path: Path) -> None:
+    report = tmp_path / "cpu.json"
+    done = bench("cpu", "--rows", "500", "--features", "64", "--rounds", "2", "--json", str(report))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("right") == 3 and "of the faster loop's speed" in done.stdout
+    assert set(json.loads(report.read_text())["results"]) == {"pipeline", "loop, 1024 rows", "loop, 4096 rows"}
+
+
 @pytest.mark.parametrize("name", ["kernel", "launch", "stream"])
 def test_bench_without_a_gpu_says_so(name: str) -> None:
     done = bench(name)

@@ -18,6 +18,7 @@ LEVELS = {
     "instrument": 0,
     "arrays": 1,
     "kernels": 1,
+    "row_threads": 1,
     "forward": 2,
     "layer": 3,
     "devices": 4,

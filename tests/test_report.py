@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from device_tests import random_layer, random_rows
 
@@ -71,7 +72,8 @@ def test_run_reports_ceilings_progress_and_everything_as_json() -> None:
         pipeline.run(random_rows(300, 24), progress=seen.append)
         assert {progress.ceiling_rows_per_s for progress in seen} == {None}
         pipeline.ceilings["cpu"] = Ceilings(1.0, 1.0, origin="made up for this test")
-        stats = pipeline.run(random_rows(300, 24), progress=seen.append).stats
+        x, y = np.asfortranarray(random_rows(300, 24)), np.empty((300, 16), np.float32, order="F")
+        stats = pipeline.run(x, y, progress=seen.append).stats
     assert seen[-1].ceiling_rows_per_s == 1e9 / (24 * 4)
     printed = json.loads(json.dumps(stats.as_dict()))
     assert printed["ceilings"]["cpu"]["origin"] == "made up for this test"

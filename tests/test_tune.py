@@ -172,6 +172,9 @@ class Bus(CpuDevice):
     def in_place(self, rows: HostArray) -> bool:
         return any(np.may_share_memory(rows, memory) for memory in self.memory)
 
+    def own_rows(self, rows: HostArray) -> None:
+        return None
+
     def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
         Bus.probes += 1
         probe = _CopiesOnly()

@@ -109,6 +109,10 @@ class Device(ABC):
     def in_place(self, rows: HostArray) -> bool:
         """Whether `upload` and `download` can use this contiguous host memory of the caller's as it is."""
 
+    def own_rows(self, rows: HostArray) -> DeviceRows | None:
+        """Contiguous host rows of the caller's as rows of the device, where its kernels can use them as they are."""
+        return None
+
     @abstractmethod
     def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
         """Queue a copy of contiguous host rows into the slot's input buffer, starting at row `first` of the chunk."""

@@ -75,7 +75,8 @@ class _Engine:
 
 
 class CpuDevice(Device):
-    """Computes with torch's CPU matrix product; "H2D" and "D2H" are memory copies into and out of the slots."""
+    """Computes with torch's CPU matrix product, from and to the caller's arrays where their rows are contiguous; else
+    "H2D" and "D2H" are memory copies into and out of the slots."""
 
     name = "cpu"
 
@@ -107,7 +108,7 @@ class CpuDevice(Device):
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
         layer = self._layer
         try:
-            self._inputs = [np.empty((chunk_rows, layer.in_features), layer.dtype.carrier) for _ in range(num_streams)]
+            self._inputs = [_aligned_rows(chunk_rows, layer) for _ in range(num_streams)]
             self._outputs = [
                 np.empty((chunk_rows, layer.out_features), self._out_dtype.carrier) for _ in range(num_streams)
             ]
@@ -123,6 +124,10 @@ class CpuDevice(Device):
     def in_place(self, rows: HostArray) -> bool:
         return True
 
+    def own_rows(self, rows: HostArray) -> DeviceRows | None:
+        address = int(rows.__array_interface__["data"][0])
+        return DeviceRows(0, address, rows.shape[1], len(rows), rows)
+
     def _queue(self, stage: str, slot: int, work: Callable[[], None]) -> Operation:
         task = _Task(work, self._last[slot], self._something_done)
         self._last[slot] = task
@@ -135,8 +140,8 @@ class CpuDevice(Device):
     def compute(
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
-        x = host_tensor(self._inputs[slot][:rows], self._layer.dtype)
-        y = host_tensor(self._outputs[slot][:rows], self._out_dtype)
+        x = host_tensor(self._inputs[slot][:rows] if source is None else source.owner, self._layer.dtype)
+        y = host_tensor(self._outputs[slot][:rows] if target is None else target.owner, self._out_dtype)
         scale = self._layer.scaling_factor
         return self._queue("kernel", slot, lambda: self._weights.forward(x, y, scale, dataset_row))
 
@@ -158,3 +163,9 @@ class CpuDevice(Device):
             engine.close()
         self._engines = {}
         self._inputs, self._outputs, self._last = [], [], []
+
+
+def _aligned_rows(rows: int, layer: FusedLinear) -> HostArray:
+    """Memory from which the product reads rows as they are (see `HostWeights.forward`)."""
+    memory = aligned_memory(rows * layer.in_features * layer.dtype.itemsize)
+    return memory.view(layer.dtype.carrier).reshape(rows, layer.in_features)

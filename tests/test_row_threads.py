@@ -1,0 +1,101 @@
+"""Blocks of rows shared among threads: each once, errors raised, torch's own threads left as they were, same bits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+from device_tests import assert_close, assert_same_bits, random_layer, random_rows
+
+from pipeline import fused_gemm_sigmoid_scale_add, row_threads
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(row_threads, "cores", lambda: 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+pytestmark = pytest.mark.usefixtures("two_threads")
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 37])
+@pytest.mark.parametrize("threads", [1, 2, 9])
+def test_each_start_is_computed_once(count: int, threads: int) -> None:
+    done: list[int] = []
+    row_threads.each(done.append, range(0, 5 * count, 5), threads)
+    assert sorted(done) == list(range(0, 5 * count, 5))
+
+
+def test_error_is_raised_once_nothing_runs_any_more() -> None:
+    running = [0]
+
+    def compute(start: int) -> None:
+        if start == 3:
+            raise ValueError("block 3")
+        running[0] += 1
+        time.sleep(0.01)
+        running[0] -= 1
+
+    with pytest.raises(ValueError, match="block 3"):
+        row_threads.each(compute, range(100), 2)
+    assert running == [0]
+    done: list[int] = []
+    row_threads.each(done.append, range(4), 2)
+    assert sorted(done) == [0, 1, 2, 3]
+
+
+def test_torchs_own_threads_stay_as_they_were() -> None:
+    counts: list[int] = []
+    row_threads.each(lambda _: counts.append(torch.get_num_threads()), range(8), 2)
+    fresh = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    fresh.start()
+    fresh.join()
+    assert counts == [1] * 8 + [2] and torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 65, 700, 1500])
+def test_bits_dont_depend_on_threads(dtype: str, rows: int) -> None:
+    layer, x = random_layer(96, 80, dtype), random_rows(rows, 96, dtype)
+    shared = layer(x)
+    torch.set_num_threads(1)
+    assert_same_bits(shared, layer(x))
+    assert_close(shared, layer, x)
+
+
+def test_torch_op_shares_rows_under_every_mode_of_the_caller() -> None:
+    a, b, c = torch.randn(300, 40), torch.randn(30, 40), torch.randn(30)
+    expected = fused_gemm_sigmoid_scale_add(a, b, c, 2.0)
+    with torch.inference_mode():
+        assert torch.equal(fused_gemm_sigmoid_scale_add(a, b, c, 2.0), expected)
+    with torch.autocast("cpu"):  # rounds the operands
+        rounded = fused_gemm_sigmoid_scale_add(*(tensor.bfloat16() for tensor in (a, b, c)), 2.0)
+        assert torch.equal(fused_gemm_sigmoid_scale_add(a, b, c, 2.0), rounded)
+    a.requires_grad_()
+    fused_gemm_sigmoid_scale_add(a, b, c, 2.0).sum().backward()
+    assert a.grad is not None
+
+
+def _compute_in_child(results: multiprocessing.SimpleQueue[list[int]]) -> None:
+    done: list[int] = []
+    row_threads.each(done.append, range(8), 2)
+    results.put(sorted(done))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_process_has_threads_of_its_own() -> None:
+    row_threads.each(lambda _: None, range(4), 2)
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    child = context.Process(target=_compute_in_child, args=(results,))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0 and results.get() == list(range(8))
