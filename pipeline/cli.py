@@ -101,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--chunk-rows", **auto, help="rows of one kernel launch (default auto)")  # type: ignore[arg-type]
     run.add_argument("--num-streams", **auto, help="chunks in flight on a device (default auto)")  # type: ignore[arg-type]
     devices(run)
+    wire = "bf16 or fp16: float32 rows cross the bus in it, and the layer computes in it (default: the dataset's)"
+    run.add_argument("--wire-dtype", metavar="DTYPE", help=wire)
     run.add_argument("--out-dtype", metavar="DTYPE", help="element type of the result (default: the dataset's)")
     run.add_argument("--overwrite", action="store_true", help="replace an existing output file")
     run.add_argument("--no-progress", action="store_true", help="no progress bar, on a terminal either")
@@ -178,7 +180,7 @@ def _one_line(error: BaseException) -> str:
         text = f"unexpected {type(error).__name__}: {text}; --debug shows where, please report it"
     notes = [note.removeprefix("pipeline: ") for note in getattr(error, "__notes__", ())]
     text = " ".join(" ".join([text, *(f"({note})" for note in notes)]).split())
-    option = r"\b(chunk_rows|devices|num_streams|out_dtype|overwrite|precision|trace)=('?)([\w:.]+)\2"
+    option = r"\b(chunk_rows|devices|num_streams|out_dtype|overwrite|precision|trace|wire_dtype)=('?)([\w:.]+)\2"
     return re.sub(option, lambda m: f"--{m[1].replace('_', '-')}" + ("" if m[3] == "True" else f" {m[3]}"), text)
 
 
@@ -267,6 +269,7 @@ def _run(args: argparse.Namespace) -> int:
             chunk_rows=args.chunk_rows,
             num_streams=args.num_streams,
             devices=args.devices,
+            wire_dtype=args.wire_dtype,
             out_dtype=out_dtype,
             overwrite=args.overwrite,
             progress=progress,

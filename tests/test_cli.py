@@ -112,10 +112,11 @@ def test_run_passes_every_option_on(job: Job, monkeypatch: pytest.MonkeyPatch) -
     original = pipeline.api.run_pipelined
     monkeypatch.setattr("pipeline.api.run_pipelined", run_pipelined)
     options = ["--precision", "tf32", "--chunk-rows", "64", "--num-streams", "3", "--out-dtype", "float16"]
+    options += ["--wire-dtype", "fp16"]
     assert cli.main(job.args(*options, "--overwrite", "--no-progress", devices="cuda:0, cuda:1")) == 0
     layer = seen.pop("layer")
     assert (layer.precision, layer.scaling_factor) == ("tf32", 2.0)
-    assert str(seen.pop("out_dtype")) == "float16"
+    assert str(seen.pop("out_dtype")) == "float16" and seen.pop("wire_dtype") == "fp16"
     assert seen == {
         "source": str(job.source),
         "out": str(job.out),
@@ -138,6 +139,12 @@ def test_run_scale_has_its_keyword_name_too() -> None:
     parse = cli._parser().parse_args
     given = parse(["run", "x", "--weights", "w", "--out", "y", "--scaling-factor", "-0.5"])
     assert given.scaling_factor == -0.5
+
+
+def test_run_rounds_on_the_wire_and_keeps_the_datasets_type(job: Job) -> None:
+    assert cli.main(job.args("--wire-dtype", "fp16")) == 0
+    rounded = np.load(job.out)
+    assert rounded.dtype == np.float32 and np.array_equal(rounded, rounded.astype(np.float16).astype(np.float32))
 
 
 def test_run_rounds_to_out_dtype(job: Job) -> None:
@@ -262,6 +269,8 @@ BAD: dict[str, tuple[Callable[[Job], list[str]], str]] = {
     "device twice": (lambda job: job.args(devices="cpu,cpu"), "expected one or several different device names"),
     "unknown precision": (lambda job: job.args("--precision", "fp8"), "precision is 'fp8', expected one of"),
     "unknown out_dtype": (lambda job: job.args("--out-dtype", "int8"), "out_dtype is int8, expected one of"),
+    "unknown wire_dtype": (lambda job: job.args("--wire-dtype", "int8"), "wire_dtype is int8, expected one of"),
+    "wire_dtype for these rows": (lambda job: job.args("--wire-dtype", "fp64"), "expected 'bf16' or 'fp16'"),
     "bfloat16 file": (lambda job: job.args("--out-dtype", "bf16"), "can't hold bfloat16; pass --out-dtype float32 or"),
 }
 
