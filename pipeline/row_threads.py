@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
+from queue import SimpleQueue
 
 from pipeline.config import cores
 
 _lock = threading.Lock()
-_pools: dict[int, ThreadPoolExecutor] = {}  # by process: threads don't live on in a forked one
+_pools: dict[int, _Pool] = {}  # by process: threads don't live on in a forked one
 
 
 def each(compute: Callable[[int], None], starts: Iterable[int], threads: int) -> None:
@@ -43,7 +44,8 @@ def each(compute: Callable[[int], None], starts: Iterable[int], threads: int) ->
             waiting.clear()
             raise
 
-    futures = [_pool().submit(work) for _ in range(threads)]
+    pool = _pool()
+    futures = [pool.submit(work) for _ in range(threads)]
     try:
         wait(futures)
     except BaseException:  # an interrupt: nobody may write the caller's memory afterwards
@@ -54,31 +56,52 @@ def each(compute: Callable[[int], None], starts: Iterable[int], threads: int) ->
         future.result()
 
 
-def _pool() -> ThreadPoolExecutor:
+def _pool() -> _Pool:
     with _lock:
         pool = _pools.get(os.getpid())
         if pool is None:
-            pool = _pools[os.getpid()] = _new_pool(cores())
+            pool = _pools[os.getpid()] = _Pool(cores())
         return pool
 
 
-def _new_pool(threads: int) -> ThreadPoolExecutor:
-    """Threads in which torch computes with one thread."""
-    import torch
+class _Pool:
+    """Threads in which torch computes with one thread.
 
-    # NOTE: set_num_threads is for the calling thread, and for threads that use torch for the first time afterwards. The
-    # second part is undone here; a thread that hadn't used torch yet would take that value (seen with torch 2.13).
-    callers = torch.get_num_threads()
-    started = threading.Barrier(threads + 1)
+    Daemons, not a ThreadPoolExecutor: that takes no work once the interpreter has begun to exit, when a stream that was
+    left open still computes and waits for it.
+    """
 
-    def start() -> None:
+    def __init__(self, threads: int) -> None:
+        import torch
+
+        self._jobs: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
+        # NOTE: set_num_threads is for the calling thread, and for threads that use torch for the first time afterwards.
+        # The second part is undone here; a thread that hadn't used torch yet would take that value (torch 2.13).
+        callers = torch.get_num_threads()
+        try:
+            for _ in range(threads):
+                ready = threading.Event()
+                threading.Thread(target=self._loop, args=(ready,), name="host-rows", daemon=True).start()
+                ready.wait()
+        finally:
+            torch.set_num_threads(callers)
+
+    def _loop(self, ready: threading.Event) -> None:
+        import torch
+
         torch.get_num_threads()  # the first use
         torch.set_num_threads(1)
-        started.wait()
+        ready.set()
+        while True:
+            work, future = self._jobs.get()
+            try:
+                work()
+            except BaseException as error:  # handed to the caller by the future
+                future.set_exception(error)
+            else:
+                future.set_result(None)
 
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="host-rows")
-    for _ in range(threads):
-        pool.submit(start)
-    started.wait()
-    torch.set_num_threads(callers)
-    return pool
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        future: Future[None] = Future()
+        self._jobs.put((work, future))
+        return future
