@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ class _CopiesOnly(Bus):
 
 
 def test_measurement_on_real_memory_and_workers() -> None:
-    with Copies([Bus()], 0.005) as copies:
+    with closing(Bus()) as device, Copies([device], 0.005) as copies:
         found = tune.measured_with(copies, time.perf_counter, 0.0)
     assert min(found.h2d_gb_per_s, found.d2h_gb_per_s, found.duplex_gb_per_s, found.host_gb_per_s) > 0.01
     assert found.staging() == Staging.default()  # no time for a search
