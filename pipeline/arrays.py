@@ -71,6 +71,8 @@ def host_tensor(array: HostArray, dtype: DType) -> torch.Tensor:
     """
     import torch
 
+    if array.flags.c_contiguous:  # an axis of one element may have any stride: give it the plain one
+        array = array.reshape(-1).reshape(array.shape)
     if any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = array.copy()
     tensor = torch.from_numpy(np.require(array, requirements="W"))

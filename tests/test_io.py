@@ -211,6 +211,18 @@ def test_results_near_zero_are_within_the_tolerance_of_these_tests() -> None:
     assert_close(layer(x, out=poisoned((23, OUT), "float16")), layer, x)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_sink_of_one_row_may_have_any_strides(dtype: str) -> None:
+    """NumPy calls a single row contiguous whatever its strides; torch doesn't."""
+    element = parse_dtype(dtype)
+    x, weight, bias = (array.astype(element.carrier) for array in (X[:1], LAYER.weight, LAYER.bias))
+    layer = FusedLinear(weight, bias, 2.0)
+    expected = run_pipelined(layer, x, devices="cpu").out
+    for out in (np.full((1, OUT), np.nan, x.dtype)[::-1], np.full((1, 2, OUT), np.nan, x.dtype)[:, 1]):
+        run_pipelined(layer, x[::-1], out, devices="cpu")
+        assert_same_bits(out, expected)
+
+
 @every
 @given(
     rows=st.integers(0, 70),
