@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 
 def output_of(*command: str) -> str:
-    """A command's first output, or "" where it isn't installed or fails."""
+    """What a command prints, stripped; "" where it isn't installed or fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

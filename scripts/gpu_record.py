@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from datetime import UTC, datetime
@@ -19,17 +18,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench_common import ROOT, output_of
+
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 PACKAGES = ("torch", "numpy", "cuda-core", "cuda-bindings", "cuda-toolkit", "nvidia-cuda-nvrtc", "nvtx", "pytest")
-
-
-def output_of(*command: str) -> str:
-    """What a command prints, stripped; "" where it is absent or fails."""
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def commit() -> dict[str, Any]:
