@@ -83,8 +83,9 @@ class _HopperTile:
     any_store: bool = False  # also instantiated for outputs that TMA can't write
 
 
-# Rates: H200, in bursts against cuBLAS (`scripts/bench kernel --every-tile`). Widths differ little in rate but much in
-# how evenly their tiles divide among 132 multiprocessors: 8192 columns are 48.8 tiles of 168.
+# Rates: H200, from bursts of 25 ms, in which widths hardly differ (`scripts/bench kernel --every-tile`), and of 0.45 s,
+# in which power favours wide ones (profiles/README.md). Widths differ more in how evenly their tiles divide among 132
+# multiprocessors: 8192 columns are 48.8 tiles of 168. That of 64 x 64 is an estimate, low so that few outputs get it.
 _HOPPER_TILES = (
     _HopperTile(128, 192, 5, 1.0),
     _HopperTile(128, 168, 5, 0.985),

@@ -1,7 +1,8 @@
 """Small launches of every kernel variant, to run under compute-sanitizer; prints what it covered.
 
-    compute-sanitizer --tool memcheck  --error-exitcode 1 python tests/gpu/sanitizer_smoke.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitizer_smoke.py
+    compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitizer_smoke.py
+
+and likewise with racecheck, synccheck and initcheck.
 
 Each array has an allocation of its own, no larger than it must be, so that a stray access is caught. No torch.
 """
