@@ -20,8 +20,10 @@ struct FusedLinearArgs {
   int in_features;
   int out_features;
   float scaling_factor;
+  const int* row_list;  // and its length, where only some rows are computed (fused_linear_simt)
+  const int* row_count;
 };
-static_assert(sizeof(FusedLinearArgs) == 64, "the host twin packs 64 bytes");
+static_assert(sizeof(FusedLinearArgs) == 80, "the host twin packs 80 bytes");
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }

@@ -13,6 +13,9 @@
 // finely; blocks of 8 with a compensated total then cost 4. The host chooses SUM_BLOCK by in_features alone, and blocks
 // start at k = 0 whatever the tile, so an output's bits don't depend on the number of rows or on LOAD_BYTES.
 //
+// With kListed only the rows in args.row_list are computed, of which there are *args.row_count; blocks without any
+// leave at once.
+//
 // Launch: grid ceil(rows / BLOCK_M) * ceil(out_features / BLOCK_N), one dimension; block kNumThreads; dynamic shared
 // memory kSharedBytes. LOAD_BYTES (16 or 4) divides the addresses of x and w and their row strides in bytes.
 // 0 < rows, in_features, out_features; in_features below 2^31 bytes.
@@ -21,7 +24,7 @@
 #include "ptx.cuh"
 
 template <typename Out, typename Epilogue, int BLOCK_M, int BLOCK_N, int THREADS_M, int THREADS_N, int kNumStages,
-          int LOAD_BYTES, int SUM_BLOCK>
+          int LOAD_BYTES, int SUM_BLOCK, bool kListed = false>
 struct FusedLinearSimt {
   static constexpr int BLOCK_K = 32;
   static constexpr int kNumThreads = THREADS_M * THREADS_N;
@@ -53,11 +56,20 @@ struct FusedLinearSimt {
     return r / (4 * THREADS_N) * (4 * THREADS_N) + r % THREADS_N * 4 + r / THREADS_N % 4;
   }
 
+  // Rows to compute, and where in x and y the n-th of them is.
+  static __device__ __forceinline__ int rows_of(const FusedLinearArgs& args) {
+    return kListed ? __ldg(args.row_count) : args.rows;
+  }
+  static __device__ __forceinline__ int place_of(const FusedLinearArgs& args, int row) {
+    return kListed ? __ldg(args.row_list + row) : row;
+  }
+
   // This thread's share of the copies from device memory to the ring.
   struct Loader {
     const char* x;
     const char* w;
     const FusedLinearArgs& args;
+    int x_base;             // the tile's first row
     int x_row, x_last_row;  // within the tile; rows past the end repeat the last one, their outputs are dropped
     int w_row, w_last_row;
     int bytes_left;  // from this thread's chunk to the end of a row
@@ -66,11 +78,13 @@ struct FusedLinearSimt {
     __device__ __forceinline__ Loader(const FusedLinearArgs& args, int m0, int n0, unsigned shared) : args(args) {
       const int chunk = threadIdx.x % 8;
       const int row = threadIdx.x / 8;
-      x = static_cast<const char*>(args.x) + static_cast<unsigned long long>(m0) * args.x_stride_bytes + chunk * 16;
+      x_base = kListed ? m0 : 0;
+      x = static_cast<const char*>(args.x) + chunk * 16;
+      if (!kListed) x += static_cast<unsigned long long>(m0) * args.x_stride_bytes;
       w = static_cast<const char*>(args.w) + static_cast<unsigned long long>(n0) * args.w_stride_bytes + chunk * 16;
       x_row = row;
       w_row = FusedLinearSimt::w_row(row);
-      x_last_row = args.rows - 1 - m0;
+      x_last_row = rows_of(args) - 1 - m0;
       w_last_row = args.out_features - 1 - n0;
       bytes_left = args.in_features * static_cast<int>(sizeof(float)) - chunk * 16;
       destination = shared + row * kPitchBytes + chunk * 16;
@@ -81,7 +95,7 @@ struct FusedLinearSimt {
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         const bool is_x = i < kLoadsX;
-        const int row = is_x ? min(x_row + i * kRowsPerPass, x_last_row)
+        const int row = is_x ? place_of(args, x_base + min(x_row + i * kRowsPerPass, x_last_row))
                              : min(w_row + FusedLinearSimt::w_row((i - kLoadsX) * kRowsPerPass), w_last_row);
         const unsigned stride_bytes = is_x ? args.x_stride_bytes : args.w_stride_bytes;
         const char* source =
@@ -148,6 +162,7 @@ struct FusedLinearSimt {
   static __device__ __forceinline__ void store(const FusedLinearArgs& args, int row0, int column0,
                                                const float (&total)[kRows][kColumns]) {
     const Epilogue epilogue{args.scaling_factor};
+    const int rows = rows_of(args);
     const float* bias = static_cast<const float*>(args.bias);
     const bool vectors = rows_allow_vectors<Out>(args.y, args.y_stride);
 #pragma unroll
@@ -161,11 +176,11 @@ struct FusedLinearSimt {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         const int row = row0 + i * THREADS_M;
-        if (row >= args.rows) continue;
+        if (row >= rows) continue;
         float v[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) v[j] = epilogue(__fadd_rn(total[i][group * 4 + j], b[j]));
-        store_4(static_cast<Out*>(args.y) + row * args.y_stride, column, args.out_features, vectors, v);
+        store_4(static_cast<Out*>(args.y) + place_of(args, row) * args.y_stride, column, args.out_features, vectors, v);
       }
     }
   }
@@ -174,6 +189,7 @@ struct FusedLinearSimt {
     extern __shared__ __align__(128) char shared_bytes[];
     int m0, n0;
     tile_origin<BLOCK_M, BLOCK_N>(args, m0, n0);
+    if (kListed && m0 >= rows_of(args)) return;
     Loader loader(args, m0, n0, ptx::shared_address(shared_bytes));
 
 #pragma unroll

@@ -239,6 +239,7 @@ class Pipeline:
                 sink = open_sink(out, opened, self.layer, self.out_dtype, self.wire_out, overwrite)
                 try:
                     keep = KEPT if trace is None else KEPT_FOR_TRACE
+                    exact_rows_before = self._exact_rows()
                     rows, seconds, timeline, recorders = self._run(opened, sink, progress, threading.Event(), keep)
                     value = sink.finish(rows)
                 except BaseException:
@@ -246,7 +247,8 @@ class Pipeline:
                     raise
             finally:
                 opened.close()
-            stats = self._stats(opened, rows, seconds, timeline, recorders)
+            exact_rows = self._exact_rows() - exact_rows_before
+            stats = self._stats(opened, rows, seconds, timeline, recorders, exact_rows)
             if trace is not None:
                 write_trace(trace, timeline, stats.as_dict())
             return Result(value, stats)
@@ -430,7 +432,18 @@ class Pipeline:
 
         return take
 
-    def _stats(self, source: Source, rows: int, seconds: float, timeline: Timeline, recorders: list[Recorder]) -> Stats:
+    def _exact_rows(self) -> int:
+        return sum(lane.device.exact_rows() for lane in self._lanes)
+
+    def _stats(
+        self,
+        source: Source,
+        rows: int,
+        seconds: float,
+        timeline: Timeline,
+        recorders: list[Recorder],
+        exact_rows: int,
+    ) -> Stats:
         layer, out_dtype = self.layer, self.out_dtype
         flop = 2 * rows * layer.in_features * layer.out_features
         uses = [device_use(operations) for operations in timeline.devices.values()]
@@ -458,6 +471,7 @@ class Pipeline:
             kernel=lanes[0].device.kernel,
             precision=layer.precision,
             runs_as=lanes[0].device.runs_as,
+            exact_rows=exact_rows,
             wire=self.wire_in.name,
             chunk_rows=self._rows_a_chunk(source, len(lanes)),
             num_streams=self.num_streams,

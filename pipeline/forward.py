@@ -17,13 +17,14 @@ import numpy.typing as npt
 
 from pipeline import row_threads
 from pipeline.arrays import HostArray, byte_range, is_cuda, is_torch, overlaps, to_float64
-from pipeline.config import FLOAT64, parse_dtype
+from pipeline.config import FLOAT64, DType, parse_dtype
 from pipeline.errors import DTypeError, OptionError, ShapeError
 
 if TYPE_CHECKING:
     import torch
 
     from pipeline.kernels.launch import PreparedLaunch
+    from pipeline.kernels.split import SplitRows
 
 # Rows are computed on the CPU at their place on this grid, with zero rows filling up both ends, so that a row's bits
 # don't depend on the rows beside it. BLAS libraries change them with the row count: MKL's float32 product in tiles
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 # where rows don't start at a cache line.
 CPU_ROW_GRID = 64
 _CPU_MIN_FEATURES = 64  # narrower weights get zero output features, for the same reason
-_ALIGNMENT_BYTES = 16  # of addresses and row strides in device memory
+ALIGNMENT_BYTES = 16  # of addresses and row strides in device memory
 _CPU_BLOCK_ROWS = 512  # rows of one matrix product on the CPU: bounds the memory of the float32 intermediate
 
 
@@ -246,9 +247,9 @@ def rows_for_kernel(matrix: torch.Tensor) -> torch.Tensor:
     itemsize = matrix.element_size()
     scattered = stride != 1 and columns > 1
     repeated = row_stride == 0 and rows > 1
-    if not (scattered or repeated or (matrix.data_ptr() | row_stride * itemsize) % _ALIGNMENT_BYTES):
+    if not (scattered or repeated or (matrix.data_ptr() | row_stride * itemsize) % ALIGNMENT_BYTES):
         return matrix
-    width = -(-columns * itemsize // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES // itemsize
+    width = -(-columns * itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES // itemsize
     copy = matrix.new_empty((rows, width))[:, :columns]
     copy.copy_(matrix)
     return copy
@@ -277,6 +278,41 @@ def prepare_on_gpu(
     return launcher.prepare_launch(problem, x.shape[0], *matrices, *target, scaling_factor)
 
 
+def split_on_gpu(weight: torch.Tensor, precision: str, out_dtype: DType) -> torch.Tensor | None:
+    """Memory with the weight's rows split for the fp32-accurate kernel, queued on the current stream; None where that
+    kernel doesn't run. `weight` as `rows_for_kernel` leaves it.
+    """
+    from pipeline.kernels.launch import Launcher
+    from pipeline.kernels.select import Problem
+    from pipeline.kernels.split import PreparedSplit, is_split
+
+    rows, columns = weight.shape
+    launcher = Launcher.for_device(weight.device.index)
+    problem = Problem(parse_dtype(weight.dtype), out_dtype, precision, columns, rows)
+    if rows == 0 or not is_split(launcher, problem):
+        return None
+    memory, split = _split_memory(weight)
+    PreparedSplit(launcher, weight.data_ptr(), weight.stride(0), rows, split).queue(_stream_of(weight))
+    return memory
+
+
+def _split_memory(matrix: torch.Tensor) -> tuple[torch.Tensor, SplitRows]:
+    """Uninitialised memory for a matrix's parts, and its description."""
+    import torch
+
+    from pipeline.kernels.split import SplitRows
+
+    rows, columns = matrix.shape
+    memory = torch.empty(SplitRows(0, rows, columns).n_bytes, dtype=torch.uint8, device=matrix.device)
+    return memory, SplitRows(memory.data_ptr(), rows, columns)
+
+
+def _stream_of(tensor: torch.Tensor) -> int:
+    import torch
+
+    return int(torch.cuda.current_stream(tensor.device.index).cuda_stream)
+
+
 def launch_on_gpu(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -284,15 +320,44 @@ def launch_on_gpu(
     scaling_factor: float,
     precision: str,
     out: torch.Tensor,
+    split: torch.Tensor | None = None,
 ) -> None:
     """Queue the fused kernel on the caller's current CUDA stream: out[:] = layer(x). Returns before it has run.
 
-    All tensors on one GPU; `x` and `weight` may have any strides, `out` any row stride, `bias` is contiguous.
+    All tensors on one GPU; `x` and `weight` may have any strides, `out` any row stride, `bias` is contiguous. `split`
+    is what `split_on_gpu` gave for the weight; without it the weight is split anew where that is needed.
     """
     import torch
 
+    from pipeline.kernels.launch import Launcher
+    from pipeline.kernels.select import Problem
+    from pipeline.kernels.split import PreparedSplitLaunch, SplitRows
+
     with torch.cuda.device(x.device.index):  # the launcher makes this GPU current; the caller's comes back
         x, weight = rows_for_kernel(x), rows_for_kernel(weight)
-        prepared = prepare_on_gpu(x, weight, bias, scaling_factor, precision, out)
-        if prepared is not None:
-            prepared.queue(torch.cuda.current_stream(x.device.index).cuda_stream)
+        out_dtype = parse_dtype(out.dtype)
+        if split is None:
+            split = split_on_gpu(weight, precision, out_dtype)
+        if split is None:
+            prepared = prepare_on_gpu(x, weight, bias, scaling_factor, precision, out)
+            if prepared is not None:
+                prepared.queue(_stream_of(x))
+            return
+        if x.shape[0] == 0:
+            return
+        _x_memory, x_split = _split_memory(x)  # freed on return, which torch orders after the launch
+        PreparedSplitLaunch(
+            Launcher.for_device(x.device.index),
+            Problem(parse_dtype(x.dtype), out_dtype, precision, weight.shape[1], weight.shape[0]),
+            rows=x.shape[0],
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            x_split=x_split,
+            w=weight.data_ptr(),
+            w_stride=weight.stride(0),
+            w_split=SplitRows(split.data_ptr(), *weight.shape),
+            bias=0 if bias is None else bias.data_ptr(),
+            y=out.data_ptr(),
+            y_stride=out.stride(0),
+            scaling_factor=scaling_factor,
+        ).queue(_stream_of(x))

@@ -25,6 +25,7 @@ from pipeline.forward import (
     prepare_on_gpu,
     reference,
     rows_for_kernel,
+    split_on_gpu,
 )
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class FusedLinear:
             (CPU only).
         bias: (out_features,) of the weight's element type, or None for no bias.
         scaling_factor: one finite number.
-        precision: for float32 weights "fp32" (the default), "ieee" (float32 FMA on CUDA cores) or "tf32" (tensor
-            cores, about 2e-4 relative); other types have one precision of their own. Until the split-operand kernel
-            exists "fp32" runs as "ieee"; reports say which ran.
+        precision: for float32 weights "fp32" (the default: fp32 accuracy, on Hopper GPUs from fp16 tensor cores),
+            "ieee" (float32 FMA on CUDA cores) or "tf32" (tensor cores, about 2e-4 relative); other types have one
+            precision of their own. Reports say which ran.
 
     The weights are a snapshot: memory is shared with the caller's arrays where their layout allows, so don't change
     those while the layer lives.
@@ -69,7 +70,7 @@ class FusedLinear:
         self.out_features, self.in_features = self.weight.shape
         self._lock = threading.Lock()
         self._host_weights: HostWeights | None = None
-        self._gpu_weights: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._gpu_weights: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = {}
         self._launches: dict[tuple[Any, ...], PreparedLaunch | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,10 +184,11 @@ class FusedLinear:
             out = torch.empty((x.shape[0], self.out_features), dtype=x.dtype, device=x.device)
         else:
             check_gpu_out(x, out, self.out_features)
-        arguments = (*self.gpu_weights(x.device.index), self.scaling_factor, self.precision, out)
+        weight, bias, split = self.gpu_weights(x.device.index)
+        arguments = (weight, bias, self.scaling_factor, self.precision, out)
         rows = rows_for_kernel(x.detach())
-        launch_on_gpu(rows, *arguments)
-        if key and rows.data_ptr() == x.data_ptr():
+        launch_on_gpu(rows, *arguments, split)
+        if key and split is None and rows.data_ptr() == x.data_ptr():
             if len(self._launches) >= _MAX_LAUNCHES:
                 self._launches.clear()
             self._launches[key] = prepare_on_gpu(rows, *arguments)
@@ -212,13 +214,17 @@ class FusedLinear:
                 self._host_weights = HostWeights(host_tensor(self.weight, self.dtype), bias)
             return self._host_weights
 
-    def gpu_weights(self, ordinal: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The weights as tensors on GPU `ordinal`, copied there once; rows as `rows_for_kernel` leaves them."""
+    def gpu_weights(self, ordinal: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Weight, bias and split weight (`split_on_gpu`) as tensors on GPU `ordinal`, made once."""
+        import torch
+
         with self._lock:
             if ordinal not in self._gpu_weights:
                 bias = None if self.bias is None else host_tensor(self.bias, self.dtype).cuda(ordinal)
                 weight = rows_for_kernel(host_tensor(self.weight, self.dtype).cuda(ordinal))
-                self._gpu_weights[ordinal] = (weight, bias)
+                split = split_on_gpu(weight, self.precision, self.dtype)
+                torch.cuda.current_stream(ordinal).synchronize()  # later calls may use other streams
+                self._gpu_weights[ordinal] = (weight, bias, split)
             return self._gpu_weights[ordinal]
 
 

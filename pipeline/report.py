@@ -55,6 +55,7 @@ class Stats:
     kernel: str
     precision: str  # that was asked for
     runs_as: str  # that ran
+    exact_rows: int  # of "fp32": rows whose range asked for exact fp32 ("ieee")
     wire: str  # the element type that crossed the bus on the way in
     chunk_rows: int
     num_streams: int
@@ -79,7 +80,8 @@ class Stats:
             f"{self.rows:,} rows in {self.seconds:.3f} s: {self.rows_per_s:,.0f} rows/s, "
             f"{self.gb_per_s_in:.2f} GB/s in, {self.gb_per_s_out:.2f} GB/s out",
             f"on {', '.join(f'{name} ({hardware})' for name, hardware in self.devices.items())}",
-            f"{self.kernel}; precision {self.precision}, ran as {self.runs_as}",
+            f"{self.kernel}; precision {self.precision}, ran as {self.runs_as}"
+            + (f", {self.exact_rows:,} rows in exact fp32" if self.exact_rows else ""),
             f"chunks: {self.chunks} of up to {self.chunk_rows} rows; streams: {self.num_streams}; "
             f"{self.pinned_bytes / 2**20:.0f} MiB pinned",
             f"{self.copy_workers}; ring: {self.ring_pieces} pieces of {self.piece_bytes / 2**20:g} MiB each way; "

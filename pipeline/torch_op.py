@@ -41,8 +41,8 @@ def fused_gemm_sigmoid_scale_add(
         B: (out_features, in_features), the weight, of A's element type and device; contiguous is fastest on CUDA.
         C: (out_features,), the bias, likewise. The residual that is added is z itself, so no residual is passed.
         scaling_factor: one finite number.
-        precision: for float32 on CUDA "fp32" (the default; runs as "ieee" for now), "ieee" or "tf32". The CPU
-            computes all three in float32.
+        precision: for float32 on CUDA "fp32" (the default), "ieee" or "tf32", as for `FusedLinear`. The CPU computes
+            all three in float32. "fp32" splits B anew at each call, `FusedLinear` once.
 
     Returns:
         (rows, out_features), contiguous, of A's element type and device, rounded once. For CUDA tensors the kernel is

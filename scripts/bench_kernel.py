@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import random
 import statistics
@@ -16,7 +17,7 @@ from typing import Any
 
 from bench_common import context, summary, write_json
 
-PRECISIONS = ("bfloat16", "float16", "tf32", "ieee")
+PRECISIONS = ("bfloat16", "float16", "tf32", "fp32", "ieee")
 SHAPES = [(1024, 8192, 8192), (4096, 8192, 8192), (4096, 4096, 4096)]  # rows, out_features, in_features
 MM = "cuBLAS mm"  # the bare product, which every ratio is against
 PEERS = ("linear", "eager", "compile")
@@ -79,16 +80,26 @@ def burst_seconds(torch: Any, launch: Callable[[int], object], count: int) -> fl
     return float(begin.elapsed_time(end)) / 1e3 / count
 
 
+def _split_memory(torch: Any, matrix: Any) -> tuple[Any, Any]:
+    """Memory for a matrix's parts and what describes it; keep the first as long as the second is used."""
+    from pipeline.kernels.split import SplitRows
+
+    rows, columns = matrix.shape
+    memory = torch.empty(SplitRows(0, rows, columns).n_bytes, dtype=torch.uint8, device="cuda")
+    return memory, SplitRows(memory.data_ptr(), rows, columns)
+
+
 def contenders(
     torch: Any, precision: str, sizes: tuple[int, int, int], every_tile: bool, peers: list[str]
 ) -> Contenders:
     """Functions that queue one product or layer each; operands rotate over `BUFFERS` buffers."""
     from pipeline.config import parse_dtype
     from pipeline.kernels.launch import Launcher
-    from pipeline.kernels.select import Problem, candidates
+    from pipeline.kernels.select import Problem, candidates, runs_as
+    from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch
 
     rows, out_features, in_features = sizes
-    dtype = getattr(torch, "float32" if precision in ("tf32", "ieee") else precision)
+    dtype = getattr(torch, "float32" if precision in ("tf32", "fp32", "ieee") else precision)
     bound = in_features**-0.5
     xs = [torch.randn(rows, in_features, device="cuda").to(dtype) for _ in range(BUFFERS)]
     ws = [torch.empty(out_features, in_features, device="cuda").uniform_(-bound, bound).to(dtype) for _ in xs]
@@ -98,9 +109,36 @@ def contenders(
     launcher = Launcher.for_device(torch.cuda.current_device())
     problem = Problem(parse_dtype(dtype), parse_dtype(dtype), precision, in_features, out_features)
 
+    split = runs_as(problem, launcher.arch) == "fp32"
+    if split:
+        x_memory, w_memories = _split_memory(torch, xs[0]), [_split_memory(torch, w) for w in ws]
+        for w, (_, target) in zip(ws, w_memories, strict=True):
+            PreparedSplit(launcher, w.data_ptr(), in_features, out_features, target).queue(0)
+
+    @functools.cache
+    def split_launch(place: int, variant: Any) -> PreparedSplitLaunch:
+        return PreparedSplitLaunch(
+            launcher,
+            problem,
+            rows=rows,
+            x=xs[place].data_ptr(),
+            x_stride=in_features,
+            x_split=x_memory[1],
+            w=ws[place].data_ptr(),
+            w_stride=in_features,
+            w_split=w_memories[place][1],
+            bias=bias.data_ptr(),
+            y=ys[place].data_ptr(),
+            y_stride=out_features,
+            scaling_factor=2.0,
+            variant=variant,
+        )
+
     def ours(i: int, variant: Any = None) -> None:
+        if split:
+            return split_launch(i % BUFFERS, variant).queue(torch.cuda.current_stream().cuda_stream)
         x, w, y = xs[i % BUFFERS], ws[i % BUFFERS], ys[i % BUFFERS]
-        launcher.launch(
+        return launcher.launch(
             torch.cuda.current_stream().cuda_stream,
             problem,
             rows=rows,

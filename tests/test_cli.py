@@ -427,7 +427,7 @@ def test_info_names_the_kernel_of_each_precision(
     text = capsys.readouterr().out
     assert "cuda:0: NVIDIA Test; sm_90a, 132 multiprocessors; 1.0 of 4.0 GiB free" in text
     for data in ("float32 fp32", "float32 ieee", "float32 tf32", "bfloat16", "float16"):
-        assert re.search(rf"^  {data} +fused_linear_s(m90|imt)<", text, re.MULTILINE), text
+        assert re.search(rf"^  {data} +fused_linear_(sm90|split_sm90|simt)<", text, re.MULTILINE), text
     assert "cuda:1: an old GPU; use --devices cpu" in text
     assert "no NVIDIA GPU" not in text
 

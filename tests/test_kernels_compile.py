@@ -24,7 +24,7 @@ from pipeline.kernels.compile import (
     parse_report,
 )
 
-PRECISIONS = ("bfloat16", "float16", "tf32", "ieee")
+PRECISIONS = ("bfloat16", "float16", "tf32", "ieee", "fp32")
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,9 @@ def check_code(variant: Variant, arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_variants_compile_without_spills(arch: str, precision: str) -> None:
     variants = [v for v in all_variants(arch) if f"<{precision}," in v.description]
+    if precision == "fp32" and arch != "sm_90a":
+        assert not variants, "runs as ieee"
+        return
     assert len(variants) >= 4
     for variant in variants:
         check_code(variant, arch)
@@ -62,14 +65,13 @@ def test_variants_compile_without_spills(arch: str, precision: str) -> None:
 def test_variants_with_another_output_type_compile_without_spills(precision: str) -> None:
     """The tiles shortest of registers, for each way to store; the others differ in nothing else."""
     mixed = [v for v in all_variants("sm_90a", every_output=True) if f"<{precision} to " in v.description]
-    ways: dict[tuple[str, bool], list[Variant]] = {}
-    for variant in (v for v in mixed if "byte loads" not in v.description):
-        ways.setdefault((variant.kernel, "direct stores" in variant.description), []).append(variant)
-    # Two output types, and two ways: to sum ("ieee"), or to store.
-    chosen = [max(group, key=lambda v: v.block_m * v.block_n) for group in ways.values()]
-    chosen = [v for group, top in zip(ways.values(), chosen, strict=True) for v in group if v.block_n == top.block_n]
-    chosen = [v for v in chosen if v.block_m == 128]
-    assert len(chosen) == 4
+    direct = [v for v in mixed if "direct stores" in v.description]
+    others = [v for v in mixed if not any(text in v.description for text in ("direct", "byte loads", "listed"))]
+    chosen = []
+    for group in (direct, others):
+        largest = max((v.block_m * v.block_n for v in group), default=0)
+        chosen += [v for v in group if v.block_m * v.block_n == largest]
+    assert len(chosen) == 4, "two output types; two ways to store, or of ieee to sum"
     for variant in chosen:
         check_code(variant, "sm_90a")
 
@@ -126,6 +128,23 @@ def test_machine_code_of_hopper_variants(precision: str, tmp_path: Path) -> None
         assert instructions(compiled, tmp_path, suffixes=True)["MEMBAR.ALL.GPU"] == 0, where
         assert found["USETMAXREG"] == 2, where
         assert variant.threads * compiled.report.registers * variant.min_blocks <= 65_536, where
+
+
+def test_machine_code_of_split_variants(tmp_path: Path) -> None:
+    """Six wgmmas a k-tile, unrolled by the k-tiles between promotions; the rest as in the other Hopper kernel."""
+    variants = [v for v in all_variants("sm_90a") if v.kernel == "fused_linear_split_sm90"]
+    assert len(variants) == 4
+    for variant in variants:
+        compiled = compile_variant(variant, "sm_90a")
+        found, where = instructions(compiled, tmp_path), variant.description
+        assert found["HGMMA"] == 12 and found["UTMALDG"] == 2 and found["USETMAXREG"] == 2, where
+        assert found["LDL"] == found["STL"] == 0, where
+        assert found["FADD"] >= variant.block_n // 2, "accumulators are promoted"
+
+
+def test_split_rows_compiles_without_spills() -> None:
+    (variant,) = (v for v in all_variants("sm_90a") if v.kernel == "split_rows")
+    check_code(variant, "sm_90a")
 
 
 def test_compile_variant_keeps_cubin_and_report_in_the_cache(cache: Path) -> None:

@@ -30,7 +30,19 @@ IEEE = Problem(FLOAT32, FLOAT32, "ieee", 8192, 8192)
     ],
 )
 def test_runs_as_names_the_precision(problem: Problem, expected: str) -> None:
-    assert runs_as(problem) == expected
+    assert runs_as(problem, "sm_80") == expected
+
+
+def test_runs_as_splits_fp32_on_hopper_alone() -> None:
+    fp32 = replace(IEEE, precision="fp32")
+    assert {arch: runs_as(fp32, arch) for arch in ARCHITECTURES} == {
+        arch: "fp32" if arch == "sm_90a" else "ieee" for arch in ARCHITECTURES
+    }
+    assert runs_as(replace(fp32, in_features=0), "sm_90a") == "ieee"
+    assert runs_as(IEEE, "sm_90a") == "ieee"
+    for load_bytes in (16, 4):
+        for rows in (1, 100, 10_000):
+            assert select("sm_90a", fp32, rows, load_bytes).kernel == "fused_linear_split_sm90"
 
 
 @pytest.mark.parametrize("side", ["in_dtype", "out_dtype"])

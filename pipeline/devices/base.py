@@ -94,6 +94,10 @@ class Device(ABC):
             CompileError, DeviceMemoryError, DriverError
         """
 
+    def exact_rows(self) -> int:
+        """Rows computed so far in exact fp32 because the fp32-accurate kernel's pairs couldn't hold them."""
+        return 0
+
     @abstractmethod
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
         """Make `num_streams` slots, each with room for `chunk_rows` rows in and out, for the prepared layer."""

@@ -7,10 +7,12 @@ copy waits for a kernel of another chunk.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,11 @@ from pipeline.arrays import HostArray
 from pipeline.config import GIB, DType
 from pipeline.devices.base import Device, DeviceRows, Operation
 from pipeline.errors import DeviceError, DeviceMemoryError
+from pipeline.forward import ALIGNMENT_BYTES
 from pipeline.kernels.driver import call, call_error, count_gpus, driver
 from pipeline.kernels.launch import Launcher
 from pipeline.kernels.select import Problem, runs_as
+from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch, SplitRows, is_split
 from pipeline.layer import FusedLinear
 
 __all__ = ["CudaDevice", "count_gpus"]
@@ -125,6 +129,7 @@ class CudaDevice(Device):
         self._pinned: list[int] = []
         self._inputs: list[int] = []
         self._outputs: list[int] = []
+        self._x_splits: list[SplitRows] = []
         self._streams: list[Any] = []
         self._control = self._new_stream()
         self._events = _EventPool(self._control)
@@ -161,26 +166,58 @@ class CudaDevice(Device):
     def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
         self.bind()
         problem = Problem(layer.dtype, out_dtype, layer.precision, layer.in_features, layer.out_features)
-        self.kernel = self._launcher.prepare(problem, chunk_rows, layer.in_features, layer.in_features)
-        self.runs_as = runs_as(problem)
+        self.runs_as = runs_as(problem, self._launcher.arch)
         self._layer, self._problem = layer, problem
         self._in_row_bytes = layer.in_features * layer.dtype.itemsize
+        self._pitch_bytes = -(-self._in_row_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # of rows in device memory
+        self._stride = self._pitch_bytes // layer.dtype.itemsize
         self._out_row_bytes = layer.out_features * out_dtype.itemsize
-        self._w = self._upload_weights(layer.weight, "the weight")
-        self._bias = 0 if layer.bias is None else self._upload_weights(layer.bias, "the bias")
+        self.kernel = self._launcher.prepare(problem, chunk_rows, self._stride, self._stride)
+        self._w = self._allocate(layer.out_features * self._pitch_bytes, self._weights, "the weight")
+        self._copy_rows(self._w, layer.weight, self._control)
+        call("cuStreamSynchronize", self._control)
+        self._split_weights()
+        self._bias = 0 if layer.bias is None else self._upload_bias(layer.bias)
 
-    def _upload_weights(self, array: HostArray, what: str) -> int:
-        address = self._allocate(array.nbytes, self._weights, what)
+    def _split_weights(self) -> None:
+        """For the fp32-accurate kernel: the weights' parts, and a count of the rows that needed exact fp32."""
+        self._w_split: SplitRows | None = None
+        if not is_split(self._launcher, self._problem):
+            return
+        layer = self._layer
+        self._w_split = self._allocate_split(layer.out_features, self._weights, "the weight's parts")
+        self._exact_rows = self._allocate(8, self._weights, "a counter")
+        call("cuMemsetD32", self._exact_rows, 0, 2)
+        split = PreparedSplit(self._launcher, self._w, self._stride, layer.out_features, self._w_split)
+        split.queue(int(self._control))
+        call("cuStreamSynchronize", self._control)
+
+    def _allocate_split(self, rows: int, owner: list[int], what: str) -> SplitRows:
+        unplaced = SplitRows(0, rows, self._layer.in_features)
+        return replace(unplaced, address=self._allocate(unplaced.n_bytes, owner, what))
+
+    def exact_rows(self) -> int:
+        if self._w_split is None:
+            return 0
+        self.bind()
+        count = np.zeros(1, np.uint64)
+        call("cuMemcpyDtoH", count.ctypes.data, self._exact_rows, 8)
+        return int(count[0])
+
+    def _upload_bias(self, array: HostArray) -> int:
+        address = self._allocate(array.nbytes, self._weights, "the bias")
         call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
         return address
 
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
         self.bind()
         for slot in range(num_streams):
-            self._inputs.append(self._allocate(chunk_rows * self._in_row_bytes, self._buffers, f"input chunk {slot}"))
+            self._inputs.append(self._allocate(chunk_rows * self._pitch_bytes, self._buffers, f"input chunk {slot}"))
             self._outputs.append(
                 self._allocate(chunk_rows * self._out_row_bytes, self._buffers, f"output chunk {slot}")
             )
+            if self._w_split is not None:
+                self._x_splits.append(self._allocate_split(chunk_rows, self._buffers, f"parts of chunk {slot}"))
             self._streams.append(self._new_stream())
 
     def pinned(self, n_bytes: int) -> HostArray:
@@ -208,31 +245,67 @@ class CudaDevice(Device):
         return _CudaOperation(self._events, start, self._events.record(stream), f"{what} on stream {slot}")
 
     def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
-        target, source = self._inputs[slot] + first * self._in_row_bytes, rows.__array_interface__["data"][0]
-        stream = self._streams[slot]
-        return self._timed(slot, "H2D copy", lambda: call("cuMemcpyHtoDAsync", target, source, rows.nbytes, stream))
+        target = self._inputs[slot] + first * self._pitch_bytes
+        return self._timed(slot, "H2D copy", lambda: self._copy_rows(target, rows, self._streams[slot]))
+
+    def _copy_rows(self, target: int, rows: HostArray, stream: Any) -> None:
+        """Queue a copy of contiguous host rows to rows `_pitch_bytes` apart."""
+        source = rows.__array_interface__["data"][0]
+        if self._pitch_bytes == self._in_row_bytes:
+            call("cuMemcpyHtoDAsync", target, source, rows.nbytes, stream)
+            return
+        copy = driver().CUDA_MEMCPY2D()
+        copy.srcMemoryType = driver().CUmemorytype.CU_MEMORYTYPE_HOST
+        copy.srcHost, copy.srcPitch = source, self._in_row_bytes
+        self._copy_2d(copy, target, rows.nbytes // self._in_row_bytes, stream)
+
+    def _copy_2d(self, copy: Any, target: int, rows: int, stream: Any) -> None:
+        copy.dstMemoryType = driver().CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.dstDevice, copy.dstPitch = target, self._pitch_bytes
+        copy.WidthInBytes, copy.Height = self._in_row_bytes, rows
+        call("cuMemcpy2DAsync", copy, stream)
+
+    def _align_rows(self, target: int, source: DeviceRows, stride_bytes: int, rows: int, stream: Any) -> None:
+        """Queue a copy of rows in device memory to where the fastest kernel can read them."""
+        copy = driver().CUDA_MEMCPY2D()
+        copy.srcMemoryType = driver().CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.srcDevice, copy.srcPitch = source.address, stride_bytes
+        self._copy_2d(copy, target, rows, stream)
 
     def compute(
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
-        layer = self._layer
-        return self._timed(
-            slot,
-            "kernel",
-            lambda: self._launcher.launch(
-                int(self._streams[slot]),
-                self._problem,
-                rows=rows,
-                x=self._inputs[slot] if source is None else source.address,
-                x_stride=layer.in_features if source is None else source.stride,
-                w=self._w,
-                w_stride=layer.in_features,
-                bias=self._bias,
-                y=self._outputs[slot] if target is None else target.address,
-                y_stride=layer.out_features if target is None else target.stride,
-                scaling_factor=layer.scaling_factor,
-            ),
-        )
+        layer, stream = self._layer, int(self._streams[slot])
+        x, x_stride = self._inputs[slot], self._stride
+        stride_bytes = 0 if source is None else source.stride * layer.dtype.itemsize
+        aligned = source is None or (source.address | stride_bytes) % ALIGNMENT_BYTES == 0
+        if source is not None and aligned:
+            x, x_stride = source.address, source.stride
+        operands: dict[str, Any] = {
+            "rows": rows,
+            "x": x,
+            "x_stride": x_stride,
+            "w": self._w,
+            "w_stride": self._stride,
+            "bias": self._bias,
+            "y": self._outputs[slot] if target is None else target.address,
+            "y_stride": layer.out_features if target is None else target.stride,
+            "scaling_factor": layer.scaling_factor,
+        }
+
+        if self._w_split is None:
+            launch = functools.partial(self._launcher.launch, stream, self._problem, **operands)
+        else:
+            operands["x_split"], operands["w_split"] = self._x_splits[slot], self._w_split
+            prepared = PreparedSplitLaunch(self._launcher, self._problem, **operands, total_wide=self._exact_rows)
+            launch = functools.partial(prepared.queue, stream)
+
+        def queue() -> None:
+            if source is not None and not aligned:
+                self._align_rows(x, source, stride_bytes, rows, self._streams[slot])
+            launch()
+
+        return self._timed(slot, "kernel", queue)
 
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
         source, target = self._outputs[slot] + first * self._out_row_bytes, rows.__array_interface__["data"][0]
@@ -282,7 +355,7 @@ class CudaDevice(Device):
             api.cuMemFreeHost(address)
         self._control = None
         self._streams, self._weights, self._buffers, self._pinned = [], [], [], []
-        self._inputs, self._outputs = [], []
+        self._inputs, self._outputs, self._x_splits = [], [], []
 
 
 class _CopiesOnly(CudaDevice):

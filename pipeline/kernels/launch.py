@@ -14,17 +14,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipeline.errors import DeviceNotFoundError, ShapeError
+from pipeline.config import DType
+from pipeline.errors import DeviceNotFoundError, OptionError, ShapeError
 from pipeline.kernels.compile import compile_variant
 from pipeline.kernels.driver import call, call_error, check_not_forked, driver
-from pipeline.kernels.select import Problem, Variant, alignment, architecture, runs_as, select
+from pipeline.kernels.select import Problem, Variant, alignment, architecture, select
 from pipeline.kernels.tensor_map import TensorMap, tensor_map
 
 _MAX_STRIDE_BYTES = 2**32 - 1
 _MAX_ROW_BYTES = 2**31 - 2**12
 _MAX_ROWS = 2**31 - 2**12
 _MAX_BLOCKS = 2**31 - 1
-_Y_BOX_ROWS = 16  # a warp's rows (csrc/fused_linear_sm90.cu)
+_Y_BOX_ROWS = 16  # a warp's rows (csrc/fused_linear_sm90.cuh)
 
 
 class FusedLinearArgs(ctypes.Structure):
@@ -42,11 +43,13 @@ class FusedLinearArgs(ctypes.Structure):
         ("in_features", ctypes.c_int),
         ("out_features", ctypes.c_int),
         ("scaling_factor", ctypes.c_float),
+        ("row_list", ctypes.c_void_p),
+        ("row_count", ctypes.c_void_p),
     )
 
 
 class FusedLinearSm90Args(ctypes.Structure):
-    """The one argument of the Hopper kernel; the same fields as in csrc/fused_linear_sm90.cu."""
+    """The one argument of the Hopper kernels; the same fields as in csrc/fused_linear_sm90.cuh."""
 
     _fields_ = (
         ("x", TensorMap),
@@ -61,8 +64,21 @@ class FusedLinearSm90Args(ctypes.Structure):
         ("band_rows", ctypes.c_int),
         ("x_box_rows", ctypes.c_int),
         ("scaling_factor", ctypes.c_float),
-        ("padding", ctypes.c_int * 4),  # the maps' alignment makes the size a multiple of 64
+        ("x_scales", ctypes.c_void_p),
+        ("w_scales", ctypes.c_void_p),
     )
+
+
+@dataclass(frozen=True)
+class TmaOperand:
+    """A row-major matrix in device memory as the copy engine reads it; address and stride are multiples of 16 bytes."""
+
+    address: int
+    dtype: DType
+    rows: int
+    columns: int
+    stride_bytes: int
+    as_tf32: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,7 @@ class Launcher:
             if ordinal not in cls._launchers:
                 cls._launchers[ordinal] = cls(ordinal)
             launcher = cls._launchers[ordinal]
-        call("cuCtxSetCurrent", launcher._context)
+        call("cuCtxSetCurrent", launcher.context)
         return launcher
 
     def __init__(self, ordinal: int) -> None:
@@ -154,10 +170,10 @@ class Launcher:
         self.name = call("cuDeviceGetName", 256, device).split(b"\0")[0].decode()
         self.arch = architecture(major, minor, self.name)
         self.multiprocessors = call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)
-        self._context = call("cuDevicePrimaryCtxRetain", device)
+        self.context = call("cuDevicePrimaryCtxRetain", device)
         self._kernels: dict[Variant, LoadedKernel] = {}
         self._lock = threading.Lock()
-        self._plan = functools.lru_cache(maxsize=1024)(self._make_plan)
+        self.plan = functools.lru_cache(maxsize=1024)(self._make_plan)
         self.prepare_launch = functools.lru_cache(maxsize=4096)(self._prepare_launch)
 
     def prepare(self, problem: Problem, rows: int, x_stride: int | None = None, w_stride: int | None = None) -> str:
@@ -173,7 +189,7 @@ class Launcher:
         strides = (problem.in_features if stride is None else stride for stride in (x_stride, w_stride))
         load_bytes = alignment(16, *(stride * itemsize for stride in strides))
         store_bytes = alignment(16, problem.out_features * problem.out_dtype.itemsize)
-        kernel, _ = self._plan(problem, max(rows, 1), load_bytes, store_bytes)
+        kernel, _ = self.plan(problem, max(rows, 1), load_bytes, store_bytes)
         return kernel.variant.description
 
     def launch(
@@ -217,7 +233,7 @@ class Launcher:
         with self._lock:
             if variant not in self._kernels:
                 compiled = compile_variant(variant, self.arch)
-                with in_context(self._context):
+                with in_context(self.context):
                     module = call("cuModuleLoadData", compiled.cubin)
                     function = call("cuModuleGetFunction", module, variant.kernel.encode())
                     attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -261,7 +277,7 @@ class Launcher:
         # repeat (stride 0) are nothing for tensor maps.
         load_bytes = alignment(16, x, w, x_stride_bytes or 4, w_stride_bytes or 4)
         store_bytes = alignment(16, y, y_stride * out_itemsize or 4)
-        kernel, blocks = self._plan(problem, rows, load_bytes, store_bytes, variant)
+        kernel, blocks = self.plan(problem, rows, load_bytes, store_bytes, variant)
         sizes = (rows, problem.in_features, problem.out_features)
         if not kernel.variant.persistent:
             x_stride_bytes = x_stride_bytes if rows > 1 else 0
@@ -270,19 +286,43 @@ class Launcher:
             _check_range("row stride of w, bytes,", w_stride_bytes, _MAX_STRIDE_BYTES)
             strides = (y_stride, x_stride_bytes, w_stride_bytes)
             args = FusedLinearArgs(x, w, bias, y, *strides, *sizes, scaling_factor)
-            return PreparedLaunch(kernel, self._context, blocks, args)
+            return PreparedLaunch(kernel, self.context, blocks, args)
 
-        tile, tf32 = kernel.variant, runs_as(problem) == "tf32"
-        x_box_rows = min(tile.block_m, rows)  # rows that x doesn't have need not arrive: their outputs aren't stored
-        in_dtype, k = problem.in_dtype, problem.in_features
-        x_map = tensor_map(x, in_dtype, rows, k, x_stride_bytes, x_box_rows, tf32)
-        w_map = tensor_map(w, in_dtype, problem.out_features, k, w_stride_bytes, tile.block_n, tf32)
+        if kernel.variant.kernel != "fused_linear_sm90":
+            raise OptionError(f"{kernel.variant.description} needs split operands: see pipeline/kernels/split.py")
+        tf32 = problem.precision == "tf32"
+        x_operand = TmaOperand(x, problem.in_dtype, rows, problem.in_features, x_stride_bytes, tf32)
+        w_operand = TmaOperand(w, problem.in_dtype, problem.out_features, problem.in_features, w_stride_bytes, tf32)
+        return self.prepare_tma(
+            kernel, blocks, x_operand, w_operand, bias, y, y_stride, problem.out_dtype, store_bytes, scaling_factor
+        )
+
+    def prepare_tma(
+        self,
+        kernel: LoadedKernel,
+        blocks: int,
+        x: TmaOperand,
+        w: TmaOperand,
+        bias: int,
+        y: int,
+        y_stride: int,
+        out_dtype: DType,
+        store_bytes: int,
+        scaling_factor: float,
+        x_scales: int = 0,
+        w_scales: int = 0,
+    ) -> PreparedLaunch:
+        """The launch of a Hopper kernel. `y_stride` counts elements; scales are device addresses, 0 for none."""
+        tile = kernel.variant
+        x_box_rows = min(tile.block_m, x.rows)  # rows that x doesn't have need not arrive: their outputs aren't stored
+        x_map = tensor_map(x.address, x.dtype, x.rows, x.columns, x.stride_bytes, x_box_rows, x.as_tf32)
+        w_map = tensor_map(w.address, w.dtype, w.rows, w.columns, w.stride_bytes, tile.block_n, w.as_tf32)
         y_map = TensorMap()
         if store_bytes == 16:
-            y_map = tensor_map(y, problem.out_dtype, rows, problem.out_features, y_stride * out_itemsize, _Y_BOX_ROWS)
-        maps = (x_map, w_map, y_map)
-        sm90_args = FusedLinearSm90Args(*maps, bias, y, y_stride, *sizes, tile.band_rows, x_box_rows, scaling_factor)
-        return PreparedLaunch(kernel, self._context, blocks, sm90_args)
+            y_map = tensor_map(y, out_dtype, x.rows, w.rows, y_stride * out_dtype.itemsize, _Y_BOX_ROWS)
+        sizes = (x.rows, x.columns, w.rows, tile.band_rows, x_box_rows)
+        args = FusedLinearSm90Args(x_map, w_map, y_map, bias, y, y_stride, *sizes, scaling_factor, x_scales, w_scales)
+        return PreparedLaunch(kernel, self.context, blocks, args)
 
 
 def _check_range(what: str, value: int, largest: int) -> None:

@@ -1,7 +1,8 @@
 """Which kernel and which tile compute a problem on an architecture. Pure Python: no CUDA library, no GPU.
 
-Three kernels cover every shape: `fused_linear_sm90` (Hopper's tensor cores: bf16, fp16, tf32), `fused_linear_sm80`
-(the same through instructions that sm_80 and later have, for any layout) and `fused_linear_simt` (exact fp32). A
+Four kernels cover every shape: `fused_linear_sm90` (Hopper's tensor cores: bf16, fp16, tf32), `fused_linear_split_sm90`
+(fp32 accuracy from fp16 pairs, which `split_rows` makes), `fused_linear_sm80` (bf16, fp16 and tf32 through instructions
+that sm_80 and later have, for any layout) and `fused_linear_simt` (exact fp32). A
 `Variant` is one instantiation of a kernel's template. The variants of one kernel differ in speed only: an output's
 bits are the same whatever the tile, hence whatever the number of rows. Different kernels may differ in the last bit,
 so which kernel runs is decided by element types, sizes of the layer, addresses and strides, never by rows.
@@ -10,7 +11,7 @@ so which kernel runs is decided by element types, sizes of the layer, addresses 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 from pipeline.config import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, DType
@@ -95,6 +96,13 @@ _HOPPER_TILES = (
     _HopperTile(64, 128, 8, 0.83),
     _HopperTile(64, 64, 12, 0.4, any_store=True),
 )
+# Two consumers side by side, each with 64 rows. Not measured yet: rates by the width, as above.
+_SPLIT_TILES = (
+    _HopperTile(128, 192, 5, 1.0),
+    _HopperTile(128, 168, 5, 0.985),
+    _HopperTile(128, 128, 6, 0.945, any_store=True),
+)
+_PROMOTED_K = 64  # of k between promotions (csrc/fused_linear_split_sm90.cu)
 _BAND_ROWS = 2048  # rows of x that pass through L2 together: as many as columns of y in a wave of 132 tiles
 _STORE_CYCLES = 0.16  # for each output of a tile, from the end of its products; measured, H200
 
@@ -112,21 +120,21 @@ class Variant:
     min_blocks: int
     shared_bytes: int
     rate: float
-    # Of fused_linear_sm90, whose blocks walk over tiles:
+    arguments: str = "FusedLinearArgs"  # the struct its entry takes
+    # Of the Hopper kernels, whose blocks walk over tiles:
     persistent: bool = False
     band_rows: int = 1  # rows of tiles in a band (FusedLinearSm90::Walk)
 
     @property
     def source(self) -> str:
         """The translation unit to compile: the kernel's file and an entry with a plain name."""
-        arguments = "FusedLinearSm90Args" if self.persistent else "FusedLinearArgs"
         return (
             f'#include "{self.kernel}.cu"\n'
             f"using Kernel = {self.template};\n"
             f'static_assert(Kernel::kNumThreads == {self.threads}, "host twin");\n'
             f'static_assert(Kernel::kSharedBytes == {self.shared_bytes}, "host twin");\n'
             f'extern "C" __global__ void __launch_bounds__(Kernel::kNumThreads, {self.min_blocks})\n'
-            f"{self.kernel}(const __grid_constant__ {arguments} args) {{ Kernel::run(args); }}\n"
+            f"{self.kernel}(const __grid_constant__ {self.arguments} args) {{ Kernel::run(args); }}\n"
         )
 
     def tiles(self, rows: int, out_features: int) -> int:
@@ -172,8 +180,10 @@ def architecture(major: int, minor: int, name: str = "this GPU") -> str:
         ) from None
 
 
-def runs_as(problem: Problem) -> str:
-    """The precision that really runs: "ieee", "tf32", "bfloat16" or "float16".
+def runs_as(problem: Problem, arch: str = "") -> str:
+    """The precision that really runs on `arch`: "fp32", "ieee", "tf32", "bfloat16" or "float16".
+
+    "fp32" is exact fp32 ("ieee") where there is no split kernel.
 
     Raises:
         DTypeError: float64 data, or an output type without a kernel.
@@ -190,7 +200,9 @@ def runs_as(problem: Problem) -> str:
             f"precision is {problem.precision!r}, expected one of {', '.join(map(repr, allowed))} for "
             f"{problem.in_dtype} data"
         )
-    return "ieee" if problem.precision == "fp32" else problem.precision
+    if problem.precision == "fp32" and (arch != "sm_90a" or problem.in_features == 0):
+        return "ieee"
+    return problem.precision
 
 
 def alignment(*byte_counts: int) -> int:
@@ -206,7 +218,7 @@ def _variant(problem: Problem, tile: _Tile, load_bytes: int) -> Variant:
     out = _CXX_TYPES[problem.out_dtype]
     numbers = f"{tile.block_m}, {tile.block_n}, {tile.threads_m}, {tile.threads_n}, {tile.stages}, {load_bytes}"
     block_k = _ROW_BYTES // problem.in_dtype.itemsize
-    precision = runs_as(problem)
+    precision = "ieee" if problem.precision == "fp32" else problem.precision
     sums = ""
     if precision == "ieee":
         kernel = "fused_linear_simt"
@@ -240,7 +252,12 @@ def _variant(problem: Problem, tile: _Tile, load_bytes: int) -> Variant:
 
 def _hopper_variant(problem: Problem, tile: _HopperTile, tma_store: bool) -> Variant:
     """The host twin of FusedLinearSm90: its template arguments and constants."""
-    precision = runs_as(problem)
+    precision = problem.precision
+    if precision == "fp32":
+        kernel, operands, tail = "fused_linear_split_sm90", f"SplitFp16<{_PROMOTED_K}>", "SigmoidScaleResidual"
+    else:
+        kernel, operands = "fused_linear_sm90", f"Plain<{_CXX_TYPES[problem.in_dtype]}>"
+        tail = "FastSigmoidScaleResidual"
     numbers = f"{tile.block_m}, {tile.block_n}, {tile.stages}"
     block_k = _ROW_BYTES // problem.in_dtype.itemsize
     ring_bytes = tile.stages * ((tile.block_m + tile.block_n) * _ROW_BYTES + 16) + 16
@@ -249,13 +266,13 @@ def _hopper_variant(problem: Problem, tile: _HopperTile, tma_store: bool) -> Var
     to = "" if problem.out_dtype is problem.in_dtype else f" to {problem.out_dtype}"
     stores = "" if tma_store else ", direct stores"
     return Variant(
-        kernel="fused_linear_sm90",
+        kernel=kernel,
         template=(
-            f"FusedLinearSm90<{_CXX_TYPES[problem.in_dtype]}, {_CXX_TYPES[problem.out_dtype]}, "
-            f"epilogue::FastSigmoidScaleResidual, {numbers}, {'true' if tma_store else 'false'}>"
+            f"FusedLinearSm90<{operands}, {_CXX_TYPES[problem.out_dtype]}, epilogue::{tail}, {numbers}, "
+            f"{'true' if tma_store else 'false'}>"
         ),
         description=(
-            f"fused_linear_sm90<{precision}{to}, {tile.block_m}x{tile.block_n}x{block_k}, {tile.stages} stages{stores}>"
+            f"{kernel}<{precision}{to}, {tile.block_m}x{tile.block_n}x{block_k}, {tile.stages} stages{stores}>"
         ),
         block_m=tile.block_m,
         block_n=tile.block_n,
@@ -263,14 +280,44 @@ def _hopper_variant(problem: Problem, tile: _HopperTile, tma_store: bool) -> Var
         min_blocks=1,
         shared_bytes=ring_bytes + (store_bytes if tma_store else 0),
         rate=tile.rate,
+        arguments="FusedLinearSm90Args",
         persistent=True,
         band_rows=_BAND_ROWS // tile.block_m,
     )
 
 
+def split_rows_variant() -> Variant:
+    """The kernel that splits fp32 rows."""
+    return Variant(
+        kernel="split_rows",
+        template="SplitRows",
+        description="split_rows",
+        block_m=1,
+        block_n=1,
+        threads=256,
+        min_blocks=1,
+        shared_bytes=0,
+        rate=1.0,
+        arguments="SplitRowsArgs",
+    )
+
+
+def listed_rows_variant(problem: Problem, load_bytes: int) -> Variant:
+    """The kernel that computes listed rows in exact fp32, for those that pairs of fp16 can't hold."""
+    variant = _variant(replace(problem, precision="ieee"), _SIMT_TILES[0], load_bytes)
+    return replace(
+        variant,
+        template=variant.template.removesuffix(">") + ", true>",
+        description=variant.description.removesuffix(">") + ", listed rows>",
+    )
+
+
 def runs_on_tma(arch: str, problem: Problem, load_bytes: int) -> bool:
-    """Whether `fused_linear_sm90` computes the problem; the same for any number of rows."""
-    return arch == "sm_90a" and load_bytes == 16 and problem.in_features > 0 and runs_as(problem) != "ieee"
+    """Whether a Hopper kernel computes the problem; the same for any number of rows."""
+    precision = runs_as(problem, arch)
+    if precision == "fp32":
+        return True  # of x and w it reads the parts, which are aligned
+    return arch == "sm_90a" and load_bytes == 16 and problem.in_features > 0 and precision != "ieee"
 
 
 def candidates(arch: str, problem: Problem, load_bytes: int, store_bytes: int = 16) -> list[Variant]:
@@ -285,7 +332,8 @@ def candidates(arch: str, problem: Problem, load_bytes: int, store_bytes: int = 
     """
     if arch not in _SHARED_BYTES:
         raise DeviceError(f"architecture is {arch!r}, kernels exist for {', '.join(ARCHITECTURES)}; use devices='cpu'")
-    tiles = _SIMT_TILES if runs_as(problem) == "ieee" else _TENSOR_TILES
+    precision = runs_as(problem, arch)
+    tiles = _SIMT_TILES if precision == "ieee" else _TENSOR_TILES
     if load_bytes < problem.in_dtype.itemsize:
         raise DTypeError(
             f"data is aligned to {load_bytes} byte, {problem.in_dtype} needs {problem.in_dtype.itemsize}; copy it to "
@@ -294,7 +342,7 @@ def candidates(arch: str, problem: Problem, load_bytes: int, store_bytes: int = 
     if runs_on_tma(arch, problem, load_bytes):
         return [
             _hopper_variant(problem, tile, store_bytes == 16)
-            for tile in _HOPPER_TILES
+            for tile in (_SPLIT_TILES if precision == "fp32" else _HOPPER_TILES)
             if tile.any_store or store_bytes == 16
         ]
     if problem.in_features == 0:
@@ -321,13 +369,25 @@ def select(
 
 
 def all_variants(arch: str, *, every_output: bool = False) -> Iterator[Variant]:
-    """Every variant `select` can return for `arch`; outputs of the input's type only, unless `every_output`."""
+    """Every variant that runs on `arch`; outputs of the input's type only, unless `every_output`."""
     for precision, in_dtype in (("bfloat16", BFLOAT16), ("float16", FLOAT16), ("tf32", FLOAT32), ("ieee", FLOAT32)):
-        for out_dtype in DTYPES.values():
-            if out_dtype is in_dtype or (every_output and out_dtype is not FLOAT64):
-                for in_features in (8192, _FINE_SUMS_UP_TO)[: 2 if precision == "ieee" else 1]:
-                    problem = Problem(in_dtype, out_dtype, precision, in_features, 8192)
-                    for load_bytes in (16, 4, 2)[: 3 if in_dtype.itemsize == 2 else 2]:
-                        yield from candidates(arch, problem, load_bytes)
-                    if runs_on_tma(arch, problem, 16):
-                        yield from candidates(arch, problem, 16, store_bytes=4)
+        for out_dtype in _outputs(in_dtype, every_output):
+            for in_features in (8192, _FINE_SUMS_UP_TO)[: 2 if precision == "ieee" else 1]:
+                problem = Problem(in_dtype, out_dtype, precision, in_features, 8192)
+                for load_bytes in (16, 4, 2)[: 3 if in_dtype.itemsize == 2 else 2]:
+                    yield from candidates(arch, problem, load_bytes)
+                if runs_on_tma(arch, problem, 16):
+                    yield from candidates(arch, problem, 16, store_bytes=4)
+    if arch != "sm_90a":
+        return
+    yield split_rows_variant()
+    for out_dtype in _outputs(FLOAT32, every_output):
+        for store_bytes in (16, 4):
+            yield from candidates(arch, Problem(FLOAT32, out_dtype, "fp32", 8192, 8192), 16, store_bytes)
+        for in_features in (8192, _FINE_SUMS_UP_TO):
+            for load_bytes in (16, 4):
+                yield listed_rows_variant(Problem(FLOAT32, out_dtype, "fp32", in_features, 8192), load_bytes)
+
+
+def _outputs(in_dtype: DType, every_output: bool) -> list[DType]:
+    return [dtype for dtype in DTYPES.values() if dtype is in_dtype or (every_output and dtype is not FLOAT64)]

@@ -10,6 +10,7 @@ Each array has an allocation of its own, no larger than it must be, so that a st
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pipeline.config import parse_dtype
 from pipeline.kernels.launch import Launcher
 from pipeline.kernels.select import Problem, alignment, candidates
+from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch, SplitRows
 
 # rows, in_features, out_features: inside one tile, ragged in every direction, and several tiles and ring rounds.
 SHAPES = [(1, 1, 1), (5, 33, 7), (130, 200, 264), (67, 523, 131), (300, 640, 523)]
@@ -89,11 +91,62 @@ def launch_shape(launcher: Launcher, precision: str, shape: tuple[int, int, int]
     return launched
 
 
+def launch_split(launcher: Launcher, shape: tuple[int, int, int]) -> int:
+    """Launches every split variant with a wide row among the others, and returns how many."""
+    rows, in_features, out_features = shape
+    values = operand("fp32", rows, in_features)
+    values[rows // 2, 0] = 1e30
+    x, w, bias = (
+        upload(values),
+        upload(operand("fp32", out_features, in_features)),
+        upload(operand("fp32", out_features)),
+    )
+    y_bytes = rows * out_features * 4
+    y = call(driver.cuMemAlloc, y_bytes)
+    splits = []
+    for count in (rows, out_features):
+        unplaced = SplitRows(0, count, in_features)
+        splits.append(replace(unplaced, address=int(call(driver.cuMemAlloc, unplaced.n_bytes))))
+    float32 = parse_dtype("float32")
+    problem = Problem(float32, float32, "fp32", in_features, out_features)
+    PreparedSplit(launcher, int(w), in_features, out_features, splits[1]).queue(0)
+    result = np.empty((rows, out_features), np.float32)
+    variants = candidates(launcher.arch, problem, 16, alignment(16, out_features * 4))
+    for variant in variants:
+        call(driver.cuMemsetD8, y, 0xFF, y_bytes)
+        PreparedSplitLaunch(
+            launcher,
+            problem,
+            rows=rows,
+            x=int(x),
+            x_stride=in_features,
+            x_split=splits[0],
+            w=int(w),
+            w_stride=in_features,
+            w_split=splits[1],
+            bias=int(bias),
+            y=int(y),
+            y_stride=out_features,
+            scaling_factor=2.0,
+            variant=variant,
+        ).queue(0)
+        call(driver.cuCtxSynchronize)
+        call(driver.cuMemcpyDtoH, result.ctypes.data, y, y_bytes)
+        if np.isnan(result).any():
+            sys.exit(f"{variant.description} {shape}: outputs were left unwritten")
+    for pointer in (x, w, bias, y, *(split.address for split in splits)):
+        call(driver.cuMemFree, pointer)
+    return len(variants)
+
+
 def main() -> None:
     launcher = Launcher.for_device(0)
     for precision in ("ieee", "tf32", "bfloat16", "float16"):
         launched = sum(launch_shape(launcher, precision, shape) for shape in SHAPES)
         print(f"{launcher.name} ({launcher.arch}): {precision}: {launched} launches")
+    if launcher.arch == "sm_90a":
+        launched = sum(launch_split(launcher, shape) for shape in SHAPES)
+        print(f"{launcher.name} ({launcher.arch}): fp32: {launched} launches")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,27 @@
+// The fused linear layer at fp32 accuracy on Hopper's fp16 tensor cores: fused_linear_sm90.cuh with split operands.
+//
+// Each fp32 row v of x and w is scaled by a power of two, so that its largest magnitude is in [2^14, 2^15), and split
+// into fp16 parts, v = high + low + at most 2^-22 |v| (or 2^-25 where that is more). Rows of 128 bytes, the k-tiles,
+// hold 32 elements: 32 high parts, then 32 low ones. Of the four products of parts three are summed, low x low being
+// below fp32's rounding; in a k-tile the small ones first. Scheme: H. Ootomo and R. Yokota, "Recovering single
+// precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance", 2022.
+//
+// NOTE: wgmma truncates its accumulator at every step. So that this doesn't add up, accumulators are promoted, added
+// to an fp32 sum by ordinary round-to-nearest additions, every kPromoteEvery k-tiles.
+#include "fused_linear_sm90.cuh"
+
+template <int kPromotedK>
+struct SplitFp16 {
+  using Element = __half;
+  using BiasElement = float;
+  static constexpr int kProducts = 6;
+  static constexpr int kPromoteEvery = kPromotedK / 32;
+  static constexpr bool kScaled = true;
+  // Steps 0 and 1 are high parts, 2 and 3 low ones: low x high, high x low, high x high.
+  static __device__ __forceinline__ constexpr int x_step(int product) {
+    return product < 2 ? product + 2 : product % 2;
+  }
+  static __device__ __forceinline__ constexpr int w_step(int product) {
+    return product == 2 || product == 3 ? product : product % 2;
+  }
+};

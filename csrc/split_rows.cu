@@ -1,0 +1,128 @@
+// Splits fp32 rows into scaled fp16 pairs for fused_linear_split_sm90, which says what they are, and lists the rows
+// that pairs can't hold well enough.
+//
+//   v (rows, columns) fp32, row-major.
+//   parts (rows, 64 ceil(columns / 32)) fp16: for each 32 elements 32 high parts, then 32 low ones; zeros past the
+//   last. scales (rows,): the power of two that undoes the row's scaling. wide_list, wide_count: the rows, in any
+//   order, that need exact fp32; the caller sets *wide_count to 0 before. total_wide: grows by that count.
+//
+// A pair holds an element v to 2^-22 |v|, or to 2^-40 of its row's largest magnitude where that is more. The second
+// bound is what a sum sees of the elements far below the largest one, should their weights be much larger than that
+// one's. So a row is wide if its elements are typically far below the largest: if the mean exponent of those that
+// aren't 0 is more than kWideExponents below the largest. Rows with an infinity or a NaN are wide, and rows whose
+// largest magnitude is subnormal or, for weights, outside 2^-60 to 2^60, where scales could overflow. If any row of the
+// weights is wide (*all_wide > 0), so is every row of x.
+//
+// Launch: one block a row at a time, any grid; block kNumThreads; no dynamic shared memory.
+#include <cuda_fp16.h>
+
+struct SplitRowsArgs {
+  const float* v;
+  __half* parts;
+  float* scales;
+  int* wide_list;
+  int* wide_count;
+  const int* all_wide;             // null for weights
+  unsigned long long* total_wide;  // grows by the count; null for weights
+  long long v_stride;              // elements
+  int rows;
+  int columns;
+};
+static_assert(sizeof(SplitRowsArgs) == 72, "the host twin packs 72 bytes");
+
+struct SplitRows {
+  static constexpr int kNumThreads = 256;
+  static constexpr int kSharedBytes = 0;
+  static constexpr int kWarps = kNumThreads / 32;
+  static constexpr int kLargestExponent = 14;  // of a scaled row: fp16 reaches 2^16
+  static constexpr int kWeightExponents = 60;
+  static constexpr int kWideExponents = 24;
+
+  // 2^exponent, -126 <= exponent <= 127.
+  static __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+  // floor(log2) of a magnitude given by its bits; -127 for zero and subnormal numbers, 128 for those not finite.
+  static __device__ __forceinline__ int exponent_of(unsigned bits) { return static_cast<int>(bits >> 23) - 127; }
+
+  struct Summary {
+    long long exponents;  // their sum
+    int nonzero;
+  };
+
+  // Over the block; all threads get the result.
+  static __device__ __forceinline__ unsigned largest_of_block(unsigned value) {
+    __shared__ unsigned warps[kWarps];
+    value = __reduce_max_sync(0xffffffff, value);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+    __syncthreads();
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) value = max(value, warps[warp]);
+    __syncthreads();
+    return value;
+  }
+
+  static __device__ __forceinline__ Summary sum_of_block(Summary mine) {
+    __shared__ Summary warps[kWarps];
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      mine.exponents += __shfl_xor_sync(0xffffffff, mine.exponents, step);
+      mine.nonzero += __shfl_xor_sync(0xffffffff, mine.nonzero, step);
+    }
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = mine;
+    __syncthreads();
+    Summary total{0, 0};
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp) {
+      total.exponents += warps[warp].exponents;
+      total.nonzero += warps[warp].nonzero;
+    }
+    __syncthreads();
+    return total;
+  }
+
+  static __device__ __forceinline__ void run(const SplitRowsArgs& args) {
+    const int groups = (args.columns + 31) / 32;
+    for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
+      const float* v = args.v + row * args.v_stride;
+      unsigned bits = 0;  // magnitudes are ordered as their bits are; NaN is above infinity
+      for (int i = threadIdx.x; i < args.columns; i += kNumThreads)
+        bits = max(bits, __float_as_uint(v[i]) & 0x7fffffff);
+      bits = largest_of_block(bits);
+
+      const int largest_exponent = exponent_of(bits);
+      bool wide = largest_exponent == 128 || (largest_exponent == -127 && bits != 0);
+      if (args.all_wide == nullptr) {
+        wide = wide || (bits != 0 && (largest_exponent < -kWeightExponents || largest_exponent > kWeightExponents));
+      } else {
+        wide = wide || *args.all_wide > 0;
+      }
+      // Two factors, each an ordinary number. Rows that don't matter here (wide, zeros) are left as they are.
+      const int exponent = wide || bits == 0 ? 0 : kLargestExponent - largest_exponent;
+      const float scale0 = power_of_two(exponent / 2), scale1 = power_of_two(exponent - exponent / 2);
+
+      __half* parts = args.parts + static_cast<long long>(row) * groups * 64;
+      Summary summary{0, 0};
+      for (int i = threadIdx.x; i < groups * 32; i += kNumThreads) {
+        const float value = i < args.columns ? v[i] : 0.0f;
+        const float scaled = __fmul_rn(__fmul_rn(value, scale0), scale1);
+        const __half high = __float2half_rn(scaled);
+        parts[i / 32 * 64 + i % 32] = high;
+        parts[i / 32 * 64 + 32 + i % 32] = __float2half_rn(__fsub_rn(scaled, __half2float(high)));
+        if (value != 0.0f) {
+          summary.exponents += exponent_of(__float_as_uint(value) & 0x7fffffff);
+          ++summary.nonzero;
+        }
+      }
+      summary = sum_of_block(summary);
+      if (threadIdx.x == 0) {
+        const long long lowest = largest_exponent - kWideExponents;
+        wide = wide || summary.exponents < lowest * summary.nonzero;
+        args.scales[row] = 1.0f / scale0 / scale1;
+        if (wide) {
+          args.wide_list[atomicAdd(args.wide_count, 1)] = row;
+          if (args.total_wide != nullptr) atomicAdd(args.total_wide, 1ull);
+        }
+      }
+    }
+  }
+};

@@ -1,0 +1,161 @@
+"""fp32 accuracy from pairs of fp16: errors beside the vendor's fp32 product, rows that need exact fp32, bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipeline import FusedLinear, Pipeline, fused_gemm_sigmoid_scale_add
+from pipeline.devices.cuda import CudaDevice, count_gpus
+from pipeline.kernels.launch import Launcher
+
+torch = pytest.importorskip("torch")
+if not count_gpus():
+    pytest.skip("no NVIDIA GPU is visible", allow_module_level=True)
+if Launcher.for_device(0).arch != "sm_90a":
+    pytest.skip("the split kernel runs on Hopper GPUs", allow_module_level=True)
+
+
+def normal(*shape: int) -> Any:
+    return torch.randn(*shape, device="cuda")
+
+
+def with_huge(rows: int, columns: int) -> Any:
+    x = normal(rows, columns)
+    x[:, columns // 3] = 1e6
+    return x
+
+
+DATA: dict[str, Callable[[int, int], Any]] = {
+    "normal": normal,
+    "uniform": lambda *shape: torch.rand(*shape, device="cuda"),
+    "mean 10": lambda *shape: 10 + normal(*shape),
+    "log-normal rows": lambda *shape: torch.exp(3 * normal(*shape)),
+    "spanning 2^40": lambda *shape: torch.exp2(40 * torch.rand(*shape, device="cuda") - 20) * normal(*shape).sign(),
+    "rows from 1e-30 to 1e30": lambda m, k: normal(m, k) * torch.logspace(-30, 30, m, device="cuda")[:, None],
+    "one huge element": with_huge,
+    "sparse": lambda *shape: normal(*shape) * (torch.rand(*shape, device="cuda") < 0.01),
+    "denormals": lambda *shape: normal(*shape) * 1e-39,
+}
+BIASED = ("mean 10", "spanning 2^40")  # where truncation adds up, or ranges are wide: at most twice the vendor's error
+
+
+def weights(out_features: int, in_features: int) -> Any:
+    bound = 1 / math.sqrt(in_features)
+    return torch.empty(out_features, in_features, device="cuda").uniform_(-bound, bound)
+
+
+def product(x: Any, w: Any, precision: str = "fp32") -> Any:
+    """z = x w^T: the layer with a scaling factor of 0 and no bias."""
+    return FusedLinear(w, None, 0.0, precision=precision)(x)
+
+
+def errors(z: Any, x: Any, w: Any) -> tuple[float, float]:
+    """Relative Frobenius error, and the worst element's relative to |x| |w|^T."""
+    expected = x.double() @ w.double().T
+    scale = (x.double().abs() @ w.double().abs().T).clamp_min(torch.finfo(torch.float32).tiny)
+    difference = z.double() - expected
+    return float(difference.norm() / expected.norm()), float((difference.abs() / scale).max())
+
+
+def bits(v: Any) -> Any:
+    return v.contiguous().view(torch.int32)
+
+
+@pytest.mark.parametrize("in_features", [8, 100, 1024, 8192, 65536])
+@pytest.mark.parametrize("kind", DATA)
+def test_split_is_as_accurate_as_the_vendors_fp32(kind: str, in_features: int) -> None:
+    torch.manual_seed(in_features)
+    torch.set_float32_matmul_precision("highest")
+    rows, out_features = (256, 512) if in_features <= 8192 else (128, 256)
+    x, w = DATA[kind](rows, in_features), weights(out_features, in_features)
+    if kind == "mean 10":
+        w = w.abs()
+    ours, vendors = errors(product(x, w), x, w), errors(x @ w.T, x, w)
+    allowed = 2.0 if kind in BIASED else 1.0
+    for name, mine, theirs in zip(("Frobenius", "worst element"), ours, vendors, strict=True):
+        # Two roundings to fp32 (of the sum and of z) are allowed to everyone.
+        assert mine <= max(allowed * theirs, 2**-23), f"{name}: {mine:.2e}, cuBLAS {theirs:.2e}"
+
+
+@pytest.mark.parametrize("out_features", [1, 131, 512])
+@pytest.mark.parametrize("rows", [1, 63, 130, 1000])
+def test_split_layer_on_ragged_sizes(rows: int, out_features: int) -> None:
+    torch.manual_seed(rows)
+    for in_features in (1, 31, 33, 200):
+        x, w, b = normal(rows, in_features), weights(out_features, in_features), normal(out_features)
+        z = x.double() @ w.double().T + b.double()
+        y = FusedLinear(w, b, 2.0)(x)
+        torch.testing.assert_close(y.double(), 2 * torch.sigmoid(z) + z, rtol=1e-6, atol=1e-6)
+
+
+def test_split_bits_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
+    torch.manual_seed(1)
+    x, layer = normal(1100, 520), FusedLinear(weights(600, 520), normal(600), 2.0)
+    x[::7] *= torch.exp(9 * normal(158, 520))  # some of these rows are wide
+    full = layer(x)
+    for rows in (1, 2, 63, 64, 65, 128, 500, 1024):
+        start = 7 * rows % (1100 - rows)
+        assert torch.equal(bits(layer(x[start : start + rows])), bits(full[start : start + rows])), rows
+
+
+def test_split_computes_wide_rows_exactly() -> None:
+    """Rows whose elements lie far below one of them, that aren't finite or are subnormal get the ieee kernel's bits."""
+    torch.manual_seed(2)
+    x, w = normal(300, 1000), weights(400, 1000)
+    ordinary = torch.ones(300, dtype=torch.bool)
+    x[5], x[70, 3], x[150] = x[5] * 1e-42, 1e12, torch.exp(9 * normal(1000))
+    x[200, 9], x[201, 9], x[202, 9] = math.inf, -math.inf, math.nan
+    ordinary[[5, 70, 150, 200, 201, 202]] = False
+    y, exact = product(x, w), product(x, w, "ieee")
+    wide = ~ordinary.cuda()
+    assert torch.equal(bits(y[wide]), bits(exact[wide]))
+    assert not torch.equal(bits(y[~wide]), bits(exact[~wide])), "ordinary rows come from the tensor cores"
+
+
+def test_split_with_wide_weights_is_exact_everywhere() -> None:
+    torch.manual_seed(3)
+    x, w = normal(150, 640), weights(200, 640)
+    w[7] *= 2.0**70
+    assert torch.equal(bits(product(x, w)), bits(product(x, w, "ieee")))
+
+
+@pytest.mark.parametrize("in_features", [64, 65])
+def test_split_infinities_and_nans_come_out_as_ieee_has_them(in_features: int) -> None:
+    torch.manual_seed(4)
+    x, w = normal(90, in_features), weights(150, in_features)
+    x[3, 0], x[17, 5], x[40, 5], x[41, 1], x[41, 2] = math.inf, -math.inf, math.nan, math.inf, -math.inf
+    x[50] = 3e38
+    w[9, 3], w[77, 6], w[11, :] = math.inf, math.nan, 0
+    z, expected = product(x, w), (x.double() @ w.double().T).float()
+    assert torch.equal(z.isnan(), expected.isnan())
+    assert torch.equal(z.isinf(), expected.isinf()) and torch.equal(z.sign().nan_to_num(), expected.sign().nan_to_num())
+
+
+def test_split_runs_everywhere_with_the_same_bits() -> None:
+    """Layer, operator and executor, from the host and from the device; the report counts the exact rows."""
+    torch.manual_seed(5)
+    x, w, b = normal(3000, 256), weights(320, 256), normal(320)
+    x[10::100] = torch.exp(12 * normal(30, 256))
+    layer = FusedLinear(w, b, 2.0)
+    y = layer(x)
+    assert torch.equal(bits(fused_gemm_sigmoid_scale_add(x, w, b, 2.0)), bits(y))
+    out = torch.empty_like(y)
+    assert torch.equal(bits(layer(x, out=out)), bits(y)) and torch.equal(bits(layer(x, out=out)), bits(y))
+    with Pipeline(layer, devices="cuda:0", chunk_rows=700) as pipe:
+        for source in (x.cpu().numpy(), x):
+            result = pipe.run(source)
+            assert result.stats.runs_as == "fp32" and result.stats.exact_rows == 30
+            assert "30 rows in exact fp32" in str(result.stats)
+            assert torch.equal(bits(torch.as_tensor(result.out).cuda()), bits(y))
+
+
+def test_device_names_the_split_kernel() -> None:
+    device = CudaDevice(0)
+    layer = FusedLinear(weights(64, 64).cpu().numpy())
+    device.prepare(layer, layer.dtype, 128)
+    assert device.runs_as == "fp32" and "fused_linear_split_sm90" in device.kernel
+    device.close()
