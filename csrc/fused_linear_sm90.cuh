@@ -65,7 +65,7 @@ template <typename Operands, typename Out, typename Epilogue, int BLOCK_M, int B
 struct FusedLinearSm90 {
   using In = typename Operands::Element;
   using BiasElement = typename Operands::BiasElement;
-  static constexpr bool kPromoted = Operands::kPromoteEvery > 0;
+  static constexpr bool kPromoted = Operands::kPartialKTiles > 0;
   static constexpr bool kInTurns = !kPromoted;
 
   static constexpr int kConsumerThreads = 2 * 128;
@@ -95,7 +95,7 @@ struct FusedLinearSm90 {
 
   static_assert(sizeof(In) == 2 || sizeof(In) == 4, "bf16, fp16, or fp32 as tf32");
   static_assert(kWarpgroupRows % 64 == 0 && BLOCK_N <= 256, "whole wgmmas");
-  static_assert(kParts * BLOCK_N * (kPromoted ? 2 : 1) <= 384, "accumulators fit the registers");
+  static_assert(kParts * BLOCK_N * (kPromoted ? 3 : 1) <= 384, "accumulators fit the registers");
   static_assert(BLOCK_N % 8 == 0 && BLOCK_N >= kSliceColumns, "see store");
   static_assert(kBytesX % 1024 == 0 && kStageBytes % 1024 == 0, "swizzle atoms are aligned");
   static_assert(kNumStages >= 2, "loads overlap products");
@@ -235,37 +235,43 @@ struct FusedLinearSm90 {
     if (lane == 0) ptx::mbarrier_arrive(unreleased);
   }
 
-  // The same with promotion: every kPromoteEvery k-tiles, of which there are whole groups, `d` is added to `total`.
+  // The same with promotion: each k-tile's products start anew and are added to a partial sum, and that to `total` every
+  // kPartialKTiles k-tiles, both by ordinary additions that round to nearest.
   static __device__ __forceinline__ void multiply_promoted(Accumulators (&total)[kParts], Ring& ring, int k_tiles,
                                                            unsigned first_row, unsigned lane) {
-    Accumulators d[kParts];
+    Accumulators d[kParts], partial[kParts];
+    clear(total);
+    clear(partial);
+#pragma unroll 1
+    for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
+      ptx::mbarrier_wait(ring.full(), ring.parity);
+      queue_products(d, ring, first_row, true);
+      ptx::wgmma_wait<0>();
+      pin(d);
+      if (lane == 0) ptx::mbarrier_arrive(ring.empty());
+      ring.advance();
+      add(partial, d);
+      if ((k_tile + 1) % Operands::kPartialKTiles == 0) {
+        add(total, partial);
+        clear(partial);
+      }
+    }
+    add(total, partial);
+  }
+
+  static __device__ __forceinline__ void clear(Accumulators (&sum)[kParts]) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < BLOCK_N / 2; ++i) total[part][i] = 0.0f;
+      for (int i = 0; i < BLOCK_N / 2; ++i) sum[part][i] = 0.0f;
     }
-#pragma unroll 1
-    for (int k_tile = 0; k_tile < k_tiles; k_tile += Operands::kPromoteEvery) {
-      unsigned unreleased = 0;
+  }
+
+  static __device__ __forceinline__ void add(Accumulators (&sum)[kParts], const Accumulators (&d)[kParts]) {
 #pragma unroll
-      for (int i = 0; i < Operands::kPromoteEvery; ++i) {
-        ptx::mbarrier_wait(ring.full(), ring.parity);
-        queue_products(d, ring, first_row, i == 0);
-        if (i > 0) {
-          ptx::wgmma_wait<1>();
-          if (lane == 0) ptx::mbarrier_arrive(unreleased);
-        }
-        unreleased = ring.empty();
-        ring.advance();
-      }
-      ptx::wgmma_wait<0>();
-      pin(d);
-      if (lane == 0) ptx::mbarrier_arrive(unreleased);
+    for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
-#pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; ++i) total[part][i] = __fadd_rn(total[part][i], d[part][i]);
-      }
+      for (int i = 0; i < BLOCK_N / 2; ++i) sum[part][i] = __fadd_rn(sum[part][i], d[part][i]);
     }
   }
 
@@ -460,8 +466,7 @@ struct FusedLinearSm90 {
     const unsigned shared = ptx::shared_address(shared_bytes);
     const Ring ring(shared);
     const Walk walk(args);
-    constexpr int kGroup = kPromoted ? Operands::kPromoteEvery : 1;  // past in_features the copy engine reads zeros
-    const int k_tiles = (args.in_features + BLOCK_K * kGroup - 1) / (BLOCK_K * kGroup) * kGroup;
+    const int k_tiles = (args.in_features + BLOCK_K - 1) / BLOCK_K;
 
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kNumStages; ++stage) {

@@ -6,16 +6,16 @@
 // below fp32's rounding; in a k-tile the small ones first. Scheme: H. Ootomo and R. Yokota, "Recovering single
 // precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance", 2022.
 //
-// NOTE: wgmma truncates its accumulator at every step. So that this doesn't add up, accumulators are promoted, added
-// to an fp32 sum by ordinary round-to-nearest additions, every kPromoteEvery k-tiles.
+// NOTE: wgmma truncates its accumulator at every step, which adds up. So each k-tile starts a new one, to which only the
+// two steps of high x high are added at full magnitude, and ordinary additions, rounding to nearest, sum k-tiles in
+// blocks of kPartialKTiles and then blocks, so that K = 8192 meets 32 + 8 roundings and not 256.
 #include "fused_linear_sm90.cuh"
 
-template <int kPromotedK>
 struct SplitFp16 {
   using Element = __half;
   using BiasElement = float;
   static constexpr int kProducts = 6;
-  static constexpr int kPromoteEvery = kPromotedK / 32;
+  static constexpr int kPartialKTiles = 32;
   static constexpr bool kScaled = true;
   // Steps 0 and 1 are high parts, 2 and 3 low ones: low x high, high x low, high x high.
   static __device__ __forceinline__ constexpr int x_step(int product) {

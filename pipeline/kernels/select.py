@@ -96,13 +96,11 @@ _HOPPER_TILES = (
     _HopperTile(64, 128, 8, 0.83),
     _HopperTile(64, 64, 12, 0.4, any_store=True),
 )
-# Two consumers side by side, each with 64 rows. Not measured yet: rates by the width, as above.
+# Two consumers side by side, each with 64 rows and three sets of accumulators, so no wider than 128.
 _SPLIT_TILES = (
-    _HopperTile(128, 192, 5, 1.0),
-    _HopperTile(128, 168, 5, 0.985),
-    _HopperTile(128, 128, 6, 0.945, any_store=True),
+    _HopperTile(128, 128, 6, 1.0, any_store=True),
+    _HopperTile(128, 64, 8, 0.6),
 )
-_PROMOTED_K = 64  # of k between promotions (csrc/fused_linear_split_sm90.cu)
 _BAND_ROWS = 2048  # rows of x that pass through L2 together: as many as columns of y in a wave of 132 tiles
 _STORE_CYCLES = 0.16  # for each output of a tile, from the end of its products; measured, H200
 
@@ -254,7 +252,7 @@ def _hopper_variant(problem: Problem, tile: _HopperTile, tma_store: bool) -> Var
     """The host twin of FusedLinearSm90: its template arguments and constants."""
     precision = problem.precision
     if precision == "fp32":
-        kernel, operands, tail = "fused_linear_split_sm90", f"SplitFp16<{_PROMOTED_K}>", "SigmoidScaleResidual"
+        kernel, operands, tail = "fused_linear_split_sm90", "SplitFp16", "SigmoidScaleResidual"
     else:
         kernel, operands = "fused_linear_sm90", f"Plain<{_CXX_TYPES[problem.in_dtype]}>"
         tail = "FastSigmoidScaleResidual"

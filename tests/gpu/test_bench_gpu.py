@@ -17,6 +17,7 @@ if not count_gpus():
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "kernel": ("--smoke", "--rounds", "1", "--burst-ms", "1", "--peer", "linear", "--peer", "eager"),
+    "errors": ("--smoke",),
     "launch": ("--rounds", "1", "--calls", "20"),
     "stream": ("--gib", "0.05", "--features", "512", "--rounds", "1", "--quick"),
     "file": ("--gib", "0.05", "--features", "512"),
