@@ -24,7 +24,7 @@
 #include "ptx.cuh"
 
 template <typename Out, typename Epilogue, int BLOCK_M, int BLOCK_N, int THREADS_M, int THREADS_N, int kNumStages,
-          int LOAD_BYTES, int SUM_BLOCK, bool kListed = false>
+          int LOAD_BYTES, int SUM_BLOCK, bool kListed>
 struct FusedLinearSimt {
   static constexpr int BLOCK_K = 32;
   static constexpr int kNumThreads = THREADS_M * THREADS_N;

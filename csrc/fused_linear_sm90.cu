@@ -7,7 +7,7 @@ struct Plain {
   using Element = T;
   using BiasElement = T;
   static constexpr int kProducts = 4;
-  static constexpr int kPartialKTiles = 0;
+  static constexpr int kPromoteEvery = 0;
   static constexpr bool kScaled = false;
   static __device__ __forceinline__ constexpr int x_step(int product) { return product; }
   static __device__ __forceinline__ constexpr int w_step(int product) { return product; }

@@ -65,7 +65,7 @@ template <typename Operands, typename Out, typename Epilogue, int BLOCK_M, int B
 struct FusedLinearSm90 {
   using In = typename Operands::Element;
   using BiasElement = typename Operands::BiasElement;
-  static constexpr bool kPromoted = Operands::kPartialKTiles > 0;
+  static constexpr bool kPromoted = Operands::kPromoteEvery > 0;
   static constexpr bool kInTurns = !kPromoted;
 
   static constexpr int kConsumerThreads = 2 * 128;
@@ -193,25 +193,21 @@ struct FusedLinearSm90 {
     }
   };
 
-  // Queues the products of the ring's current stage, once it is full, as one group. `first_row` is the warpgroup's in
+  // Queues products `first` to `last` - 1 of the k-tile in shared memory at `stage`. `first_row` is the warpgroup's in
   // the tile; `begin`: the accumulators start anew.
-  static __device__ __forceinline__ void queue_products(Accumulators (&d)[kParts], const Ring& ring, unsigned first_row,
-                                                        bool begin) {
+  static __device__ __forceinline__ void queue_products(Accumulators (&d)[kParts], unsigned stage, unsigned first_row,
+                                                        int first, int last, bool begin) {
     constexpr unsigned kPartStep = 64 * kRowBytes / 16;  // in a descriptor
-    const unsigned long long x = ptx::wgmma_descriptor(ring.data() + first_row * kRowBytes);
-    const unsigned long long w = ptx::wgmma_descriptor(ring.data() + kBytesX);
-    pin(d);
-    ptx::wgmma_fence();
+    const unsigned long long x = ptx::wgmma_descriptor(stage + first_row * kRowBytes);
+    const unsigned long long w = ptx::wgmma_descriptor(stage + kBytesX);
 #pragma unroll
-    for (int product = 0; product < Operands::kProducts; ++product) {
+    for (int product = first; product < last; ++product) {
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
         ptx::Wgmma<In, BLOCK_N>::multiply(d[part], x + part * kPartStep + 2 * Operands::x_step(product),
-                                          w + 2 * Operands::w_step(product), product > 0 || !begin);
+                                          w + 2 * Operands::w_step(product), product > first || !begin);
       }
     }
-    ptx::wgmma_commit();
-    pin(d);
   }
 
   // One consumer warpgroup's products for a tile, in one accumulator each. One group of them is in flight while the
@@ -224,7 +220,11 @@ struct FusedLinearSm90 {
     for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
       ptx::mbarrier_wait(ring.full(), ring.parity);
       if (k_tile == k_tiles - 1) turn.pass(lane);
-      queue_products(d, ring, 0, k_tile == 0);
+      pin(d);
+      ptx::wgmma_fence();
+      queue_products(d, ring.data(), 0, 0, Operands::kProducts, k_tile == 0);
+      ptx::wgmma_commit();
+      pin(d);
       ptx::wgmma_wait<1>();
       if (k_tile > 0 && lane == 0) ptx::mbarrier_arrive(unreleased);
       unreleased = ring.empty();
@@ -235,43 +235,61 @@ struct FusedLinearSm90 {
     if (lane == 0) ptx::mbarrier_arrive(unreleased);
   }
 
-  // The same with promotion: each k-tile's products start anew and are added to a partial sum, and that to `total` every
-  // kPartialKTiles k-tiles, both by ordinary additions that round to nearest.
+  // The same with promotion: each group of kPromoteEvery k-tiles starts an accumulator anew, which is added to a
+  // partial sum, and that every kPartialGroups groups to `total`, by ordinary additions, which round to nearest. What
+  // the second kind rounds away opens the next partial sum (Kahan's compensation).
   static __device__ __forceinline__ void multiply_promoted(Accumulators (&total)[kParts], Ring& ring, int k_tiles,
                                                            unsigned first_row, unsigned lane) {
+    constexpr int kGroup = Operands::kPromoteEvery;
+    static_assert(kNumStages % kGroup == 0, "a group's stages follow one another");
     Accumulators d[kParts], partial[kParts];
-    clear(total);
-    clear(partial);
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+      for (int i = 0; i < BLOCK_N / 2; ++i) total[part][i] = partial[part][i] = 0.0f;
+    }
+    const int groups = k_tiles / kGroup;
 #pragma unroll 1
-    for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
-      ptx::mbarrier_wait(ring.full(), ring.parity);
-      queue_products(d, ring, first_row, true);
+    for (int group = 0; group < groups; ++group) {
+      const unsigned stage = ring.data(), barriers = ring.full();
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) ptx::mbarrier_wait(barriers + i * 16, ring.parity);
+      pin(d);
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        queue_products(d, stage + i * kStageBytes, first_row, 0, Operands::kSmallProducts, i == 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        queue_products(d, stage + i * kStageBytes, first_row, Operands::kSmallProducts, Operands::kProducts, false);
+      }
+      ptx::wgmma_commit();
+      pin(d);
       ptx::wgmma_wait<0>();
       pin(d);
-      if (lane == 0) ptx::mbarrier_arrive(ring.empty());
-      ring.advance();
-      add(partial, d);
-      if ((k_tile + 1) % Operands::kPartialKTiles == 0) {
-        add(total, partial);
-        clear(partial);
+      if (lane == 0) {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) ptx::mbarrier_arrive(barriers + i * 16 + 8);
       }
-    }
-    add(total, partial);
-  }
-
-  static __device__ __forceinline__ void clear(Accumulators (&sum)[kParts]) {
+      ring.skip(kGroup);
+      const bool fold = (group + 1) % Operands::kPartialGroups == 0 || group + 1 == groups;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+      for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < BLOCK_N / 2; ++i) sum[part][i] = 0.0f;
-    }
-  }
-
-  static __device__ __forceinline__ void add(Accumulators (&sum)[kParts], const Accumulators (&d)[kParts]) {
+        for (int i = 0; i < BLOCK_N / 2; ++i) partial[part][i] = __fadd_rn(partial[part][i], d[part][i]);
+      }
+      if (fold) {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+        for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < BLOCK_N / 2; ++i) sum[part][i] = __fadd_rn(sum[part][i], d[part][i]);
+          for (int i = 0; i < BLOCK_N / 2; ++i) {
+            const float sum = __fadd_rn(total[part][i], partial[part][i]);
+            partial[part][i] = __fsub_rn(partial[part][i], __fsub_rn(sum, total[part][i]));
+            total[part][i] = sum;
+          }
+        }
+      }
     }
   }
 
@@ -466,7 +484,8 @@ struct FusedLinearSm90 {
     const unsigned shared = ptx::shared_address(shared_bytes);
     const Ring ring(shared);
     const Walk walk(args);
-    const int k_tiles = (args.in_features + BLOCK_K - 1) / BLOCK_K;
+    constexpr int kGroup = kPromoted ? Operands::kPromoteEvery : 1;  // past in_features the copy engine reads zeros
+    const int k_tiles = (args.in_features + BLOCK_K * kGroup - 1) / (BLOCK_K * kGroup) * kGroup;
 
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kNumStages; ++stage) {

@@ -6,12 +6,15 @@
 //   last. scales (rows,): the power of two that undoes the row's scaling. wide_list, wide_count: the rows, in any
 //   order, that need exact fp32; the caller sets *wide_count to 0 before. total_wide: grows by that count.
 //
-// A pair holds an element v to 2^-22 |v|, or to 2^-40 of its row's largest magnitude where that is more. The second
+// A pair holds an element v to 2^-23 |v|, or to 2^-40 of its row's largest magnitude where that is more. The second
 // bound is what a sum sees of the elements far below the largest one, should their weights be much larger than that
 // one's. So a row is wide if its elements are typically far below the largest: if the mean exponent of those that
 // aren't 0 is more than kWideExponents below the largest. Rows with an infinity or a NaN are wide, and rows whose
 // largest magnitude is subnormal or, for weights, outside 2^-60 to 2^60, where scales could overflow. If any row of the
 // weights is wide (*all_wide > 0), so is every row of x.
+//
+// Rows of x with fewer than kFewProducts elements that aren't 0 (and not none) are listed, too: a sum of few products
+// gains nothing from averaging, and exact fp32 rounds each of them less.
 //
 // Launch: one block a row at a time, any grid; block kNumThreads; no dynamic shared memory.
 #include <cuda_fp16.h>
@@ -37,6 +40,7 @@ struct SplitRows {
   static constexpr int kLargestExponent = 14;  // of a scaled row: fp16 reaches 2^16
   static constexpr int kWeightExponents = 60;
   static constexpr int kWideExponents = 24;
+  static constexpr int kFewProducts = 128;
 
   // 2^exponent, -126 <= exponent <= 127.
   static __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
@@ -117,6 +121,7 @@ struct SplitRows {
       if (threadIdx.x == 0) {
         const long long lowest = largest_exponent - kWideExponents;
         wide = wide || summary.exponents < lowest * summary.nonzero;
+        if (args.all_wide != nullptr) wide = wide || (summary.nonzero > 0 && summary.nonzero < kFewProducts);
         args.scales[row] = 1.0f / scale0 / scale1;
         if (wide) {
           args.wide_list[atomicAdd(args.wide_count, 1)] = row;

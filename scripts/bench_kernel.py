@@ -20,7 +20,7 @@ from bench_common import context, summary, write_json
 PRECISIONS = ("bfloat16", "float16", "tf32", "fp32", "ieee")
 SHAPES = [(1024, 8192, 8192), (4096, 8192, 8192), (4096, 4096, 4096)]  # rows, out_features, in_features
 MM = "cuBLAS mm"  # the bare product, which every ratio is against
-PEERS = ("linear", "eager", "compile")
+PEERS = ("linear", "eager", "compile", "parts")  # parts: of ours as fp32, without some of its launches
 BUFFERS = 3  # operands rotate over so many, together larger than L2
 
 Contenders = dict[str, Callable[[int], object]]
@@ -163,6 +163,14 @@ def contenders(
             found[variant.description] = lambda i, variant=variant: ours(i, variant)  # type: ignore[misc]
     else:
         found[launcher.prepare(problem, rows)] = ours
+    if "parts" in peers and split:
+
+        def part(i: int, first: int, last: int) -> None:
+            for operation in split_launch(i % BUFFERS, None).operations[first:last]:
+                operation.queue(torch.cuda.current_stream().cuda_stream)
+
+        found["without the exact rows"] = lambda i: part(i, 0, 2)
+        found["without the split of x, either"] = lambda i: part(i, 1, 2)
     if "linear" in peers:
         linear = torch.nn.functional.linear
         found["cuBLAS linear with bias"] = lambda i: linear(xs[i % BUFFERS], ws[i % BUFFERS], bias)

@@ -38,7 +38,8 @@ def test_runs_as_splits_fp32_on_hopper_alone() -> None:
     assert {arch: runs_as(fp32, arch) for arch in ARCHITECTURES} == {
         arch: "fp32" if arch == "sm_90a" else "ieee" for arch in ARCHITECTURES
     }
-    assert runs_as(replace(fp32, in_features=0), "sm_90a") == "ieee"
+    assert runs_as(replace(fp32, in_features=128), "sm_90a") == "fp32"
+    assert runs_as(replace(fp32, in_features=127), "sm_90a") == "ieee", "short sums gain nothing from pairs"
     assert runs_as(IEEE, "sm_90a") == "ieee"
     for load_bytes in (16, 4):
         for rows in (1, 100, 10_000):

@@ -31,7 +31,9 @@ _CAPABILITIES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_
 _CAPABILITIES[12, 0] = "sm_120a"
 _CXX_TYPES = {FLOAT32: "float", FLOAT16: "__half", BFLOAT16: "__nv_bfloat16"}
 _ROW_BYTES = 128  # one k-tile's row in shared memory
-_FINE_SUMS_UP_TO = 1024  # in_features up to which SIMT sums in compensated blocks of 8 (csrc/fused_linear_simt.cu)
+# in_features up to which SIMT sums in compensated blocks of 8 (csrc/fused_linear_simt.cu), and the split kernel promotes
+# its accumulators every 32 of k, not 64: the vendor's library splits short sums finely.
+_FINE_SUMS_UP_TO = 1024
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,12 @@ _HOPPER_TILES = (
     _HopperTile(64, 128, 8, 0.83),
     _HopperTile(64, 64, 12, 0.4, any_store=True),
 )
-# Two consumers side by side, each with 64 rows and three sets of accumulators, so no wider than 128.
+# Two consumers side by side, each with 64 rows and three sets of accumulators, so no wider than 128. Rates: H200.
 _SPLIT_TILES = (
     _HopperTile(128, 128, 6, 1.0, any_store=True),
-    _HopperTile(128, 64, 8, 0.6),
+    _HopperTile(128, 64, 8, 0.9),
 )
+_SPLIT_FROM = 128  # in_features; sums of fewer products are exact fp32 (csrc/split_rows.cu says why)
 _BAND_ROWS = 2048  # rows of x that pass through L2 together: as many as columns of y in a wave of 132 tiles
 _STORE_CYCLES = 0.16  # for each output of a tile, from the end of its products; measured, H200
 
@@ -181,7 +184,7 @@ def architecture(major: int, minor: int, name: str = "this GPU") -> str:
 def runs_as(problem: Problem, arch: str = "") -> str:
     """The precision that really runs on `arch`: "fp32", "ieee", "tf32", "bfloat16" or "float16".
 
-    "fp32" is exact fp32 ("ieee") where there is no split kernel.
+    "fp32" is exact fp32 ("ieee") where there is no split kernel, and for fewer than 128 in_features.
 
     Raises:
         DTypeError: float64 data, or an output type without a kernel.
@@ -198,7 +201,7 @@ def runs_as(problem: Problem, arch: str = "") -> str:
             f"precision is {problem.precision!r}, expected one of {', '.join(map(repr, allowed))} for "
             f"{problem.in_dtype} data"
         )
-    if problem.precision == "fp32" and (arch != "sm_90a" or problem.in_features == 0):
+    if problem.precision == "fp32" and (arch != "sm_90a" or problem.in_features < _SPLIT_FROM):
         return "ieee"
     return problem.precision
 
@@ -211,8 +214,11 @@ def alignment(*byte_counts: int) -> int:
     return next(width for width in (16, 4, 2, 1) if combined % width == 0)
 
 
-def _variant(problem: Problem, tile: _Tile, load_bytes: int) -> Variant:
-    """The host twin of FusedLinearSm80 and FusedLinearSimt: their template arguments and constants."""
+def _variant(problem: Problem, tile: _Tile, load_bytes: int, listed: bool = False) -> Variant:
+    """The host twin of FusedLinearSm80 and FusedLinearSimt: their template arguments and constants.
+
+    `listed` is SIMT's for listed rows, with the finer sums for any in_features.
+    """
     out = _CXX_TYPES[problem.out_dtype]
     numbers = f"{tile.block_m}, {tile.block_n}, {tile.threads_m}, {tile.threads_n}, {tile.stages}, {load_bytes}"
     block_k = _ROW_BYTES // problem.in_dtype.itemsize
@@ -220,9 +226,10 @@ def _variant(problem: Problem, tile: _Tile, load_bytes: int) -> Variant:
     sums = ""
     if precision == "ieee":
         kernel = "fused_linear_simt"
-        sum_block = 8 if problem.in_features <= _FINE_SUMS_UP_TO else 64
-        sums = f", sums of {sum_block}"
-        template = f"FusedLinearSimt<{out}, epilogue::SigmoidScaleResidual, {numbers}, {sum_block}>"
+        sum_block = 8 if listed or problem.in_features <= _FINE_SUMS_UP_TO else 64
+        sums = f", sums of {sum_block}" + (", listed rows" if listed else "")
+        rows = "true" if listed else "false"
+        template = f"FusedLinearSimt<{out}, epilogue::SigmoidScaleResidual, {numbers}, {sum_block}, {rows}>"
         threads = tile.threads_m * tile.threads_n
         row_bytes = _ROW_BYTES + 16
     else:
@@ -250,9 +257,11 @@ def _variant(problem: Problem, tile: _Tile, load_bytes: int) -> Variant:
 
 def _hopper_variant(problem: Problem, tile: _HopperTile, tma_store: bool) -> Variant:
     """The host twin of FusedLinearSm90: its template arguments and constants."""
-    precision = problem.precision
+    precision, sums = problem.precision, ""
     if precision == "fp32":
-        kernel, operands, tail = "fused_linear_split_sm90", "SplitFp16", "SigmoidScaleResidual"
+        promote_every = 1 if problem.in_features <= _FINE_SUMS_UP_TO else 2
+        kernel, operands, tail = "fused_linear_split_sm90", f"SplitFp16<{promote_every}>", "SigmoidScaleResidual"
+        sums = f", sums of {32 * promote_every}"
     else:
         kernel, operands = "fused_linear_sm90", f"Plain<{_CXX_TYPES[problem.in_dtype]}>"
         tail = "FastSigmoidScaleResidual"
@@ -270,7 +279,7 @@ def _hopper_variant(problem: Problem, tile: _HopperTile, tma_store: bool) -> Var
             f"{'true' if tma_store else 'false'}>"
         ),
         description=(
-            f"{kernel}<{precision}{to}, {tile.block_m}x{tile.block_n}x{block_k}, {tile.stages} stages{stores}>"
+            f"{kernel}<{precision}{to}, {tile.block_m}x{tile.block_n}x{block_k}, {tile.stages} stages{sums}{stores}>"
         ),
         block_m=tile.block_m,
         block_n=tile.block_n,
@@ -302,12 +311,7 @@ def split_rows_variant() -> Variant:
 
 def listed_rows_variant(problem: Problem, load_bytes: int) -> Variant:
     """The kernel that computes listed rows in exact fp32, for those that pairs of fp16 can't hold."""
-    variant = _variant(replace(problem, precision="ieee"), _SIMT_TILES[0], load_bytes)
-    return replace(
-        variant,
-        template=variant.template.removesuffix(">") + ", true>",
-        description=variant.description.removesuffix(">") + ", listed rows>",
-    )
+    return _variant(replace(problem, precision="ieee"), _SIMT_TILES[0], load_bytes, listed=True)
 
 
 def runs_on_tma(arch: str, problem: Problem, load_bytes: int) -> bool:
@@ -380,11 +384,11 @@ def all_variants(arch: str, *, every_output: bool = False) -> Iterator[Variant]:
         return
     yield split_rows_variant()
     for out_dtype in _outputs(FLOAT32, every_output):
-        for store_bytes in (16, 4):
-            yield from candidates(arch, Problem(FLOAT32, out_dtype, "fp32", 8192, 8192), 16, store_bytes)
         for in_features in (8192, _FINE_SUMS_UP_TO):
-            for load_bytes in (16, 4):
-                yield listed_rows_variant(Problem(FLOAT32, out_dtype, "fp32", in_features, 8192), load_bytes)
+            for store_bytes in (16, 4):
+                yield from candidates(arch, Problem(FLOAT32, out_dtype, "fp32", in_features, 8192), 16, store_bytes)
+        for load_bytes in (16, 4):
+            yield listed_rows_variant(Problem(FLOAT32, out_dtype, "fp32", 8192, 8192), load_bytes)
 
 
 def _outputs(in_dtype: DType, every_output: bool) -> list[DType]:

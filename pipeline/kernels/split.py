@@ -127,9 +127,9 @@ class PreparedSplitLaunch:
             ShapeError: a size or stride beyond the kernels' index range.
         """
         store_bytes = alignment(16, y, y_stride * problem.out_dtype.itemsize or 4)
-        self._split = PreparedSplit(launcher, x, x_stride, rows, x_split, w_split, total_wide)
+        split = PreparedSplit(launcher, x, x_stride, rows, x_split, w_split, total_wide)
         kernel, blocks = launcher.plan(problem, rows, 16, store_bytes, variant)
-        self._fused = launcher.prepare_tma(
+        fused = launcher.prepare_tma(
             kernel,
             blocks,
             x_split.operand(rows),
@@ -151,7 +151,8 @@ class PreparedSplitLaunch:
         listed = (x_split.wide_list, x_split.wide_count)
         args = FusedLinearArgs(x, w, bias, y, *strides, *sizes, scaling_factor, *listed)
         exact_blocks = exact.tiles(rows, problem.out_features)
-        self._exact = PreparedLaunch(launcher.load(exact), launcher.context, exact_blocks, args)
+        # In the order they run; the last computes the listed rows.
+        self.operations = (split, fused, PreparedLaunch(launcher.load(exact), launcher.context, exact_blocks, args))
 
     def queue(self, stream: int) -> None:
         """Queue the layer on `stream` (a raw CUstream) and return without waiting for it.
@@ -159,7 +160,7 @@ class PreparedSplitLaunch:
         Raises:
             DriverError: a launch failed.
         """
-        for operation in (self._split, self._fused, self._exact):
+        for operation in self.operations:
             operation.queue(stream)
 
 
