@@ -129,6 +129,7 @@ class CudaDevice(Device):
         self._pinned: list[int] = []
         self._inputs: list[int] = []
         self._outputs: list[int] = []
+        self._w_split: SplitRows | None = None  # of the fp32-accurate kernel: the weights' parts
         self._x_splits: list[SplitRows] = []
         self._streams: list[Any] = []
         self._control = self._new_stream()
@@ -181,7 +182,6 @@ class CudaDevice(Device):
 
     def _split_weights(self) -> None:
         """For the fp32-accurate kernel: the weights' parts, and a count of the rows that needed exact fp32."""
-        self._w_split: SplitRows | None = None
         if not is_split(self._launcher, self._problem):
             return
         layer = self._layer
@@ -363,7 +363,7 @@ class _CopiesOnly(CudaDevice):
 
     def __init__(self, ordinal: int, row_bytes: int) -> None:
         super().__init__(ordinal)
-        self._in_row_bytes = self._out_row_bytes = row_bytes
+        self._in_row_bytes = self._out_row_bytes = self._pitch_bytes = row_bytes
 
     def compute(
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None

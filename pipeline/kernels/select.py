@@ -31,8 +31,8 @@ _CAPABILITIES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_
 _CAPABILITIES[12, 0] = "sm_120a"
 _CXX_TYPES = {FLOAT32: "float", FLOAT16: "__half", BFLOAT16: "__nv_bfloat16"}
 _ROW_BYTES = 128  # one k-tile's row in shared memory
-# in_features up to which SIMT sums in compensated blocks of 8 (csrc/fused_linear_simt.cu), and the split kernel promotes
-# its accumulators every 32 of k, not 64: the vendor's library splits short sums finely.
+# in_features up to which SIMT sums in compensated blocks of 8 (csrc/fused_linear_simt.cu), and the split kernel
+# promotes its accumulators every 32 of k, not 64: the vendor's library splits short sums finely.
 _FINE_SUMS_UP_TO = 1024
 
 

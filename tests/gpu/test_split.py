@@ -67,8 +67,8 @@ def test_split_bits_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
 
 
 def test_split_computes_wide_rows_exactly() -> None:
-    """Rows whose elements lie far below one of them, that aren't finite, are subnormal or have few elements other than 0
-    get the ieee kernel's bits; rows of zeros don't need it."""
+    """Rows whose elements lie far below one of them, that aren't finite, are subnormal or have few elements other than
+    0 get the ieee kernel's bits; rows of zeros don't need it."""
     torch.manual_seed(2)
     x, w = normal(300, 1000), weights(400, 1000)  # at most 1024 in_features: ieee sums as the exact rows do
     ordinary = torch.ones(300, dtype=torch.bool)
