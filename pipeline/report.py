@@ -46,7 +46,7 @@ class Stats:
     gb_per_s_out: float
     tflops: float
     stages: dict[str, StageStats]
-    bound: str  # the stage with the largest busy share; "none" for an empty run
+    bound: str  # the stage nearest to its limit (see `nearness`); "none" for an empty run
     advice: str  # one sentence: what would make the run faster; "" for an empty run
     ceilings: dict[str, Ceilings]  # of the devices that have measured ones
     kernel_hidden_share: float | None  # of the kernels' time, spent while a copy ran as well
@@ -165,10 +165,17 @@ def _causes(uses: Sequence[DeviceUse], stage: str) -> dict[str, float]:
     return causes
 
 
+def nearness(stage: StageStats) -> float:
+    """How near a stage came to its limit: the share of the time that it was busy or, where that is more, of its
+    measured ceiling. Fills and drains share the copy workers, whose ceiling is for both at once: they can be the limit
+    while each is busy half of the time."""
+    return max(stage.busy_share, stage.ceiling_share or 0.0)
+
+
 def bound(stages: Mapping[str, StageStats]) -> str:
-    """The stage with the largest busy share."""
-    busiest = max(stages, key=lambda name: stages[name].busy_share)
-    return busiest if stages[busiest].count else "none"
+    """The stage nearest to its limit."""
+    nearest = max(stages, key=lambda name: nearness(stages[name]))
+    return nearest if stages[nearest].count else "none"
 
 
 def advice(stages: Mapping[str, StageStats], runs_as: str, on_cpu: bool) -> str:
@@ -177,7 +184,7 @@ def advice(stages: Mapping[str, StageStats], runs_as: str, on_cpu: bool) -> str:
     if name == "none":
         return ""
     stage = stages[name]
-    if stage.busy_share < _MOSTLY_BUSY:
+    if nearness(stage) < _MOSTLY_BUSY:
         return (
             f"no stage is busy most of the time ({name} is for {stage.busy_share:.0%}): give more rows, larger "
             f"chunk_rows or more num_streams, or a source that delivers sooner"

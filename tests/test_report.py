@@ -14,8 +14,11 @@ from pipeline.report import StageStats, advice, bound, ceiling_rows_per_s, stage
 
 
 def stages(**busy_shares: float) -> dict[str, StageStats]:
+    """Stages of a run; those that were busy most of the time were near their ceilings."""
     return {
-        name: StageStats(1 if name in busy_shares else 0, 0, 0.0, busy_shares.get(name, 0.0), ceiling_share=0.95)
+        name: StageStats(1, 0, 0.0, busy_shares[name], ceiling_share=0.95 if busy_shares[name] > 0.9 else None)
+        if name in busy_shares
+        else StageStats(0, 0, 0.0, 0.0)
         for name in STAGES
     }
 
@@ -56,6 +59,16 @@ def test_advice_tells_a_busy_bus_from_a_used_up_one() -> None:
     slow = {**stages(), "H2D": StageStats(1, 0, 0.0, 0.98, ceiling_share=0.5)}
     assert "only 50% of what it can" in advice(slow, "tf32", on_cpu=False)
     assert "a GPU" in advice(stages(kernel=0.99), "ieee", on_cpu=True)
+
+
+def test_copy_workers_at_their_ceiling_are_the_bound_though_neither_fill_nor_drain_is_always_busy() -> None:
+    found = {
+        **stages(),
+        "fill": StageStats(1, 0, 0.0, 0.64, ceiling_share=0.88),
+        "H2D": StageStats(1, 0, 0.0, 0.79, ceiling_share=0.71),
+        "drain": StageStats(1, 0, 0.0, 0.45, ceiling_share=0.87),
+    }
+    assert bound(found) == "fill" and "copy workers" in advice(found, "tf32", on_cpu=False)
 
 
 def test_ceiling_in_rows_is_that_of_the_slowest_part() -> None:
