@@ -8,6 +8,7 @@ For x (rows, in_features), W (out_features, in_features), b (out_features,):
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
 # Rows are computed on the CPU at their place on this grid, with zero rows filling up both ends, so that a row's bits
 # don't depend on the rows beside it. BLAS libraries change them with the row count: MKL's float32 product in tiles
 # that aren't full (multiples of 4), its float64 product where it splits the sum (up to 64 rows and 32 columns) and
-# where rows don't start at a cache line.
+# where rows don't start at a cache line. They change them with their threads, too (MKL splits the sum among its own):
+# each product runs in one, and which columns it has depends on out_features alone.
 CPU_ROW_GRID = 64
 _CPU_MIN_FEATURES = 64  # narrower weights get zero output features, for the same reason
 ALIGNMENT_BYTES = 16  # of addresses and row strides in device memory
-_CPU_BLOCK_ROWS = 512  # rows of one matrix product on the CPU: bounds the memory of the float32 intermediate
+_CPU_BLOCK_ROWS = 512  # rows and columns of one matrix product on the CPU: they bound the memory of the float32
+_CPU_BLOCK_COLUMNS = 512  # intermediate; narrower products take longer for the same work
 
 
 def reference(x: Any, weight: Any, bias: Any, scaling_factor: float) -> npt.NDArray[np.float64]:
@@ -172,12 +175,18 @@ class HostWeights:
             weight = torch.nn.functional.pad(weight, (0, 0, 0, narrow))
             bias = None if bias is None else torch.nn.functional.pad(bias, (0, narrow))
         self.transposed, self.bias = weight.t(), bias
+        starts = range(0, max(1, len(weight) - _CPU_BLOCK_COLUMNS // 2), _CPU_BLOCK_COLUMNS)
+        edges = [*starts, len(weight)]  # the last block takes the rest
+        self.column_blocks = [slice(*edge) for edge in itertools.pairwise(edges)]
+        # NOTE: MKL's AVX-512 float64 product of 64 or 128 rows and more than 192 columns has other bits than that of
+        # more rows, in one thread, too (torch 2.13, MKL 2024.2); float32 products of 64 to 512 rows have the same.
+        self.product_rows = CPU_ROW_GRID if self.compute_dtype == torch.float64 else _CPU_BLOCK_ROWS
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, scaling_factor: float, first_row: int = 0) -> None:
         """out[:] = layer(x), rounded once. `first_row` is the row's number in its dataset (see CPU_ROW_GRID).
 
         x (rows, in_features), out (rows, out_features): CPU tensors of any strides and element types. Blocks of rows
-        are shared among as many threads as torch uses in the calling one.
+        are shared among as many threads as torch uses in the calling one, or their columns where they are fewer.
         """
         import torch
 
@@ -185,18 +194,28 @@ class HostWeights:
         threads = torch.get_num_threads()
         share = -(-(rows + lead) // (threads * CPU_ROW_GRID)) * CPU_ROW_GRID
         block_rows = max(CPU_ROW_GRID, min(_CPU_BLOCK_ROWS, share))
+        starts = range(-lead, rows, block_rows)
+        parts = [self.column_blocks] if len(starts) >= threads else [[columns] for columns in self.column_blocks]
         scratch: deque[_Scratch] = deque()
 
-        def compute(start: int) -> None:
+        def compute(task: tuple[int, list[slice]]) -> None:
+            start, columns = task
             with torch.inference_mode(), torch.autocast("cpu", enabled=False):  # autocast would round z
                 mine = scratch.pop() if scratch else _Scratch(self, block_rows)
-                self._forward_block(x, out, scaling_factor, start, min(start + block_rows, rows), mine)
+                self._forward_block(x, out, scaling_factor, start, min(start + block_rows, rows), columns, mine)
                 scratch.append(mine)
 
-        row_threads.each(compute, range(-lead, rows, block_rows), threads)
+        row_threads.each(compute, itertools.product(starts, parts), threads)
 
     def _forward_block(
-        self, x: torch.Tensor, out: torch.Tensor, scaling_factor: float, start: int, stop: int, scratch: _Scratch
+        self,
+        x: torch.Tensor,
+        out: torch.Tensor,
+        scaling_factor: float,
+        start: int,
+        stop: int,
+        column_blocks: list[slice],
+        scratch: _Scratch,
     ) -> None:
         """Rows [start, stop), where `start` is on the grid; rows before 0 aren't there and count as zeros."""
         import torch
@@ -211,17 +230,20 @@ class HostWeights:
             block[:skipped] = 0
             block[skipped:rows] = x[first:stop]
             block[rows:] = 0
-        z = scratch.z[:padded]
-        if self.bias is None:
-            torch.mm(block, self.transposed, out=z)
-        else:
-            torch.addmm(self.bias, block, self.transposed, out=z)
-        target = out[first:stop]
-        direct = target.dtype == self.compute_dtype and target.is_contiguous()
-        y = target if direct else scratch.y[: stop - first]
-        sigmoid_scale_add(z[skipped:rows, : self.out_features].numpy(), scaling_factor, y.numpy())
-        if not direct:
-            target.copy_(y)
+        for columns in column_blocks:
+            z = scratch.z[: padded * (columns.stop - columns.start)].view(padded, -1)
+            for row in range(0, padded, self.product_rows):
+                product = slice(row, row + self.product_rows)
+                if self.bias is None:
+                    torch.mm(block[product], self.transposed[:, columns], out=z[product])
+                else:
+                    torch.addmm(self.bias[columns], block[product], self.transposed[:, columns], out=z[product])
+            target = out[first:stop, columns]  # without the zero features of narrow weights
+            direct = target.dtype == self.compute_dtype and target.is_contiguous()
+            y = target if direct else scratch.y[: target.numel()].view(target.shape)
+            sigmoid_scale_add(z[skipped:rows, : target.shape[1]].numpy(), scaling_factor, y.numpy())
+            if not direct:
+                target.copy_(y)
 
 
 class _Scratch:
@@ -230,10 +252,10 @@ class _Scratch:
     def __init__(self, weights: HostWeights, rows: int) -> None:
         import torch
 
-        in_features, padded_features = weights.transposed.shape
-        self.x = torch.empty(rows, in_features, dtype=weights.compute_dtype, device="cpu")
-        self.z = torch.empty(rows, padded_features, dtype=weights.compute_dtype, device="cpu")
-        self.y = torch.empty(rows, weights.out_features, dtype=weights.compute_dtype, device="cpu")
+        columns = max(block.stop - block.start for block in weights.column_blocks)
+        self.x = torch.empty(rows, weights.transposed.shape[0], dtype=weights.compute_dtype, device="cpu")
+        self.z = torch.empty(rows * columns, dtype=weights.compute_dtype, device="cpu")
+        self.y = torch.empty(rows * columns, dtype=weights.compute_dtype, device="cpu")
 
 
 def rows_for_kernel(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,48 +1,59 @@
-"""Threads of the process for the CPU's products: each computes blocks of rows on its own, with torch in one thread.
+"""Threads of the process for the CPU's products: each computes blocks on its own, with torch in one thread.
 
-A matrix product that torch itself spreads over threads waits for the slowest of them, while NumPy's part of a block
-runs in one thread and leaves the others idle. The threads stay for the process's life, as torch's own do.
+A matrix product that torch itself spreads over threads waits for the slowest of them, has bits that depend on their
+number, and leaves them idle in NumPy's part of a block. The threads stay for the process's life, as torch's own do.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
+from functools import cache
+from pathlib import Path
 from queue import SimpleQueue
+from typing import TypeVar, cast
 
 from pipeline.config import cores
+
+_Task = TypeVar("_Task")
 
 _lock = threading.Lock()
 _pools: dict[int, _Pool] = {}  # by process: threads don't live on in a forked one
 
 
-def each(compute: Callable[[int], None], starts: Iterable[int], threads: int) -> None:
-    """compute(start) for each of `starts`, in up to `threads` threads and any order. Blocks until all is done.
+def each(compute: Callable[[_Task], None], tasks: Iterable[_Task], threads: int) -> None:
+    """compute(task) for each of `tasks`, in up to `threads` threads and any order. Blocks until all is done.
 
-    A single one, or a single thread, stays in the calling thread. Raises the first exception of `compute`; blocks that
-    had begun are finished before.
+    A single one, or a single thread, stays in the calling thread, if MKL can be set to one thread meanwhile. Raises
+    the first exception of `compute`; tasks that had begun are finished before.
     """
-    waiting = list(starts)
+    waiting = list(tasks)
     threads = min(threads, len(waiting), cores())
-    if threads <= 1:
-        for start in waiting:
-            compute(start)
+    set_mkl_threads = _mkl_threads()
+    if threads <= 1 and set_mkl_threads is not None:
+        before = set_mkl_threads(1)
+        try:
+            for task in waiting:
+                compute(task)
+        finally:
+            set_mkl_threads(before)
         return
     waiting.reverse()
 
-    def work() -> None:
+    def work() -> bool:
         try:
-            while True:
-                try:
-                    start = waiting.pop()
-                except IndexError:
-                    return
-                compute(start)
+            task = waiting.pop()
+        except IndexError:
+            return False
+        try:
+            compute(task)
         except BaseException:
             waiting.clear()
             raise
+        return bool(waiting)
 
     pool = _pool()
     futures = [pool.submit(work) for _ in range(threads)]
@@ -54,6 +65,21 @@ def each(compute: Callable[[int], None], starts: Iterable[int], threads: int) ->
         raise
     for future in futures:
         future.result()
+
+
+@cache
+def _mkl_threads() -> Callable[[int], int] | None:
+    """Sets the number of MKL's threads for the calling thread and returns the one before; None without MKL in torch.
+
+    NOTE: torch.set_num_threads won't do: a thread that uses torch for the first time meanwhile keeps that number.
+    """
+    import torch
+
+    try:
+        library = ctypes.PyDLL(str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"))
+        return cast("Callable[[int], int]", library.MKL_Set_Num_Threads_Local)
+    except (OSError, AttributeError):
+        return None
 
 
 def _pool() -> _Pool:
@@ -74,7 +100,7 @@ class _Pool:
     def __init__(self, threads: int) -> None:
         import torch
 
-        self._jobs: SimpleQueue[tuple[Callable[[], None], Future[None]]] = SimpleQueue()
+        self._jobs: SimpleQueue[tuple[Callable[[], bool], Future[None]]] = SimpleQueue()
         # NOTE: set_num_threads is for the calling thread, and for threads that use torch for the first time afterwards.
         # The second part is undone here; a thread that hadn't used torch yet would take that value (torch 2.13).
         callers = torch.get_num_threads()
@@ -95,13 +121,17 @@ class _Pool:
         while True:
             work, future = self._jobs.get()
             try:
-                work()
+                more = work()
             except BaseException as error:  # handed to the caller by the future
                 future.set_exception(error)
             else:
-                future.set_result(None)
+                if more:
+                    self._jobs.put((work, future))  # behind other callers' work, so that nobody waits long
+                else:
+                    future.set_result(None)
 
-    def submit(self, work: Callable[[], None]) -> Future[None]:
+    def submit(self, work: Callable[[], bool]) -> Future[None]:
+        """Call `work` until it returns False."""
         future: Future[None] = Future()
         self._jobs.put((work, future))
         return future

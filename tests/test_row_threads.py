@@ -52,6 +52,48 @@ def test_error_is_raised_once_nothing_runs_any_more() -> None:
     assert sorted(done) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("with_mkl", [True, False])
+def test_single_task_has_one_thread_for_its_product(with_mkl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the calling thread, or where torch has no MKL in one of the pool."""
+    set_mkl_threads = row_threads._mkl_threads()
+    if not with_mkl:
+        monkeypatch.setattr(row_threads, "_mkl_threads", lambda: None)
+    elif set_mkl_threads is None:
+        pytest.skip("torch without MKL")
+    here: list[bool] = []
+
+    def compute(fails: bool) -> None:
+        here.append(threading.current_thread() is threading.main_thread())
+        assert set_mkl_threads(1) == 1 if with_mkl and set_mkl_threads else torch.get_num_threads() == 1
+        if fails:
+            raise ValueError
+
+    row_threads.each(compute, [False], 2)
+    with pytest.raises(ValueError):
+        row_threads.each(compute, [True], 2)
+    assert here == [with_mkl] * 2 and torch.get_num_threads() == 2
+    if set_mkl_threads is not None:
+        assert set_mkl_threads(2) == 2  # as the fixture's torch.set_num_threads left it
+
+
+def test_few_tasks_dont_wait_for_the_end_of_many() -> None:
+    done: list[int] = []
+    begun = threading.Event()
+
+    def compute(task: int) -> None:
+        begun.set()
+        time.sleep(0.01)
+        done.append(task)
+
+    many = threading.Thread(target=row_threads.each, args=(compute, range(100), 2))
+    many.start()
+    begun.wait()
+    row_threads.each(lambda _: None, range(2), 2)
+    assert len(done) < 50
+    many.join()
+    assert len(done) == 100
+
+
 def test_torchs_own_threads_stay_as_they_were() -> None:
     counts: list[int] = []
     row_threads.each(lambda _: counts.append(torch.get_num_threads()), range(8), 2)
@@ -63,10 +105,12 @@ def test_torchs_own_threads_stay_as_they_were() -> None:
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("rows", [1, 65, 700, 1500])
-def test_bits_dont_depend_on_threads(dtype: str, rows: int) -> None:
+def test_bits_dont_depend_on_threads(dtype: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = random_layer(96, 80, dtype), random_rows(rows, 96, dtype)
     shared = layer(x)
     torch.set_num_threads(1)
+    assert_same_bits(shared, layer(x))
+    monkeypatch.setattr(row_threads, "_mkl_threads", lambda: None)
     assert_same_bits(shared, layer(x))
     assert_close(shared, layer, x)
 
