@@ -22,8 +22,10 @@ struct FusedLinearArgs {
   float scaling_factor;
   const int* row_list;  // and its length, where only some rows are computed (fused_linear_simt)
   const int* row_count;
+  const float* x_scales;  // of rows and of output features, by which sums of split operands are multiplied
+  const float* w_scales;
 };
-static_assert(sizeof(FusedLinearArgs) == 80, "the host twin packs 80 bytes");
+static_assert(sizeof(FusedLinearArgs) == 96, "the host twin packs 96 bytes");
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }

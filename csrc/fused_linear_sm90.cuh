@@ -26,6 +26,7 @@
 // 0 < rows, in_features, out_features.
 #include "epilogue.cuh"
 #include "fused_linear.cuh"
+#include "operands.cuh"
 #include "ptx_sm90.cuh"
 #include "wgmma.cuh"
 

@@ -1,30 +1,3 @@
-// The fused linear layer at fp32 accuracy on Hopper's fp16 tensor cores: fused_linear_sm90.cuh with split operands.
-//
-// Each fp32 row v of x and w is scaled by a power of two, so that its largest magnitude is in [2^14, 2^15), and split
-// into fp16 parts, v = high + low + at most 2^-23 |v| (or 2^-25 where that is more). Rows of 128 bytes, the k-tiles,
-// hold 32 elements: 32 high parts, then 32 low ones. Of the four products of parts three are summed; low x low is at
-// most 2^-22 of the whole. Scheme: H. Ootomo and R. Yokota, "Recovering single precision accuracy from Tensor Cores
-// while surpassing the FP32 theoretical peak performance", 2022.
-//
-// NOTE: wgmma truncates its accumulator at every step, which adds up. So accumulators start anew every kPromoteEvery
-// k-tiles, the small products first, which leaves two truncations a k-tile at full magnitude; ordinary additions sum
-// the groups over 512 of k, and compensated ones those sums. The error then hardly depends on K.
+// The fused linear layer at fp32 accuracy on Hopper: fused_linear_sm90.cuh with operands split into fp16 pairs
+// (operands.cuh).
 #include "fused_linear_sm90.cuh"
-
-template <int kPromoteEvery_>
-struct SplitFp16 {
-  using Element = __half;
-  using BiasElement = float;
-  static constexpr int kProducts = 6;
-  static constexpr int kSmallProducts = 4;
-  static constexpr int kPromoteEvery = kPromoteEvery_;
-  static constexpr int kPartialGroups = 512 / (32 * kPromoteEvery);
-  static constexpr bool kScaled = true;
-  // Steps 0 and 1 are high parts, 2 and 3 low ones: low x high, high x low, high x high.
-  static __device__ __forceinline__ constexpr int x_step(int product) {
-    return product < 2 ? product + 2 : product % 2;
-  }
-  static __device__ __forceinline__ constexpr int w_step(int product) {
-    return product == 2 || product == 3 ? product : product % 2;
-  }
-};

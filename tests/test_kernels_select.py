@@ -30,13 +30,13 @@ IEEE = Problem(FLOAT32, FLOAT32, "ieee", 8192, 8192)
     ],
 )
 def test_runs_as_names_the_precision(problem: Problem, expected: str) -> None:
-    assert runs_as(problem, "sm_80") == expected
+    assert runs_as(problem, "sm_86") == expected
 
 
-def test_runs_as_splits_fp32_on_hopper_alone() -> None:
+def test_runs_as_splits_fp32_where_there_is_a_kernel() -> None:
     fp32 = replace(IEEE, precision="fp32")
     assert {arch: runs_as(fp32, arch) for arch in ARCHITECTURES} == {
-        arch: "fp32" if arch == "sm_90a" else "ieee" for arch in ARCHITECTURES
+        arch: "fp32" if arch in ("sm_80", "sm_90a") else "ieee" for arch in ARCHITECTURES
     }
     assert runs_as(replace(fp32, in_features=128), "sm_90a") == "fp32"
     assert runs_as(replace(fp32, in_features=127), "sm_90a") == "ieee", "short sums gain nothing from pairs"
@@ -44,6 +44,7 @@ def test_runs_as_splits_fp32_on_hopper_alone() -> None:
     for load_bytes in (16, 4):
         for rows in (1, 100, 10_000):
             assert select("sm_90a", fp32, rows, load_bytes).kernel == "fused_linear_split_sm90"
+            assert select("sm_80", fp32, rows, load_bytes).kernel == "fused_linear_split_sm80"
 
 
 @pytest.mark.parametrize("side", ["in_dtype", "out_dtype"])

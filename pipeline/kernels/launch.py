@@ -45,6 +45,8 @@ class FusedLinearArgs(ctypes.Structure):
         ("scaling_factor", ctypes.c_float),
         ("row_list", ctypes.c_void_p),
         ("row_count", ctypes.c_void_p),
+        ("x_scales", ctypes.c_void_p),
+        ("w_scales", ctypes.c_void_p),
     )
 
 

@@ -1,9 +1,9 @@
 """Which kernel and which tile compute a problem on an architecture. Pure Python: no CUDA library, no GPU.
 
-Four kernels cover every shape: `fused_linear_sm90` (Hopper's tensor cores: bf16, fp16, tf32), `fused_linear_split_sm90`
-(fp32 accuracy from fp16 pairs, which `split_rows` makes), `fused_linear_sm80` (bf16, fp16 and tf32 through instructions
-that sm_80 and later have, for any layout) and `fused_linear_simt` (exact fp32). A
-`Variant` is one instantiation of a kernel's template. The variants of one kernel differ in speed only: an output's
+These kernels cover every shape: `fused_linear_sm90` (Hopper's tensor cores: bf16, fp16, tf32), `fused_linear_sm80` (the
+same through instructions that sm_80 and later have, for any layout), `fused_linear_split_sm90` and `..._sm80` (fp32
+accuracy from fp16 pairs, which `split_rows` makes) and `fused_linear_simt` (exact fp32). A `Variant` is one
+instantiation of a kernel's template. The variants of one kernel differ in speed only: an output's
 bits are the same whatever the tile, hence whatever the number of rows. Different kernels may differ in the last bit,
 so which kernel runs is decided by element types, sizes of the layer, addresses and strides, never by rows.
 """
@@ -103,6 +103,14 @@ _SPLIT_TILES = (
     _HopperTile(128, 128, 6, 1.0, any_store=True),
     _HopperTile(128, 64, 8, 0.9),
 )
+# The same through mma.sync, three sets of accumulators, too. Rates are estimates.
+_SPLIT_MMA_TILES = (
+    _Tile(128, 128, 4, 2, 3, 1, 1.0, any_alignment=True),
+    _Tile(64, 64, 2, 2, 4, 2, 0.7, any_alignment=True),
+)
+# GPUs with a split kernel. Others have too few fp16 products a second for each of fp32: three of them take the place of
+# one. NVIDIA's data sheets: A100 16 (312 TFLOP/s against 19.5), RTX 3090 and 4090 and L40S 2 to 4.
+_SPLIT_ARCHITECTURES = ("sm_80", "sm_90a")
 _SPLIT_FROM = 128  # in_features; sums of fewer products are exact fp32 (csrc/split_rows.cu says why)
 _BAND_ROWS = 2048  # rows of x that pass through L2 together: as many as columns of y in a wave of 132 tiles
 _STORE_CYCLES = 0.16  # for each output of a tile, from the end of its products; measured, H200
@@ -201,7 +209,7 @@ def runs_as(problem: Problem, arch: str = "") -> str:
             f"precision is {problem.precision!r}, expected one of {', '.join(map(repr, allowed))} for "
             f"{problem.in_dtype} data"
         )
-    if problem.precision == "fp32" and (arch != "sm_90a" or problem.in_features < _SPLIT_FROM):
+    if problem.precision == "fp32" and (arch not in _SPLIT_ARCHITECTURES or problem.in_features < _SPLIT_FROM):
         return "ieee"
     return problem.precision
 
@@ -222,22 +230,22 @@ def _variant(problem: Problem, tile: _Tile, load_bytes: int, listed: bool = Fals
     out = _CXX_TYPES[problem.out_dtype]
     numbers = f"{tile.block_m}, {tile.block_n}, {tile.threads_m}, {tile.threads_n}, {tile.stages}, {load_bytes}"
     block_k = _ROW_BYTES // problem.in_dtype.itemsize
-    precision = "ieee" if problem.precision == "fp32" else problem.precision
-    sums = ""
+    precision, sums = problem.precision, ""
+    threads, row_bytes = tile.threads_m * tile.threads_n * 32, _ROW_BYTES
     if precision == "ieee":
         kernel = "fused_linear_simt"
         sum_block = 8 if listed or problem.in_features <= _FINE_SUMS_UP_TO else 64
         sums = f", sums of {sum_block}" + (", listed rows" if listed else "")
         rows = "true" if listed else "false"
         template = f"FusedLinearSimt<{out}, epilogue::SigmoidScaleResidual, {numbers}, {sum_block}, {rows}>"
-        threads = tile.threads_m * tile.threads_n
-        row_bytes = _ROW_BYTES + 16
+        threads, row_bytes = tile.threads_m * tile.threads_n, _ROW_BYTES + 16
+    elif precision == "fp32":
+        kernel, sums = "fused_linear_split_sm80", ", sums of 32"
+        template = f"FusedLinearSm80<SplitFp16<1>, {out}, epilogue::SigmoidScaleResidual, {numbers}>"
     else:
         kernel = "fused_linear_sm80"
-        in_type = _CXX_TYPES[problem.in_dtype]
-        template = f"FusedLinearSm80<{in_type}, {out}, epilogue::FastSigmoidScaleResidual, {numbers}>"
-        threads = tile.threads_m * tile.threads_n * 32
-        row_bytes = _ROW_BYTES
+        operands = f"Plain<{_CXX_TYPES[problem.in_dtype]}>"
+        template = f"FusedLinearSm80<{operands}, {out}, epilogue::FastSigmoidScaleResidual, {numbers}>"
     loads = "" if load_bytes == 16 else f", {load_bytes}-byte loads"
     to = "" if problem.out_dtype is problem.in_dtype else f" to {problem.out_dtype}"
     return Variant(
@@ -317,9 +325,9 @@ def listed_rows_variant(problem: Problem, load_bytes: int) -> Variant:
 def runs_on_tma(arch: str, problem: Problem, load_bytes: int) -> bool:
     """Whether a Hopper kernel computes the problem; the same for any number of rows."""
     precision = runs_as(problem, arch)
-    if precision == "fp32":
-        return True  # of x and w it reads the parts, which are aligned
-    return arch == "sm_90a" and load_bytes == 16 and problem.in_features > 0 and precision != "ieee"
+    if arch != "sm_90a" or precision == "ieee":
+        return False
+    return precision == "fp32" or (load_bytes == 16 and problem.in_features > 0)  # parts are always aligned
 
 
 def candidates(arch: str, problem: Problem, load_bytes: int, store_bytes: int = 16) -> list[Variant]:
@@ -335,7 +343,6 @@ def candidates(arch: str, problem: Problem, load_bytes: int, store_bytes: int = 
     if arch not in _SHARED_BYTES:
         raise DeviceError(f"architecture is {arch!r}, kernels exist for {', '.join(ARCHITECTURES)}; use devices='cpu'")
     precision = runs_as(problem, arch)
-    tiles = _SIMT_TILES if precision == "ieee" else _TENSOR_TILES
     if load_bytes < problem.in_dtype.itemsize:
         raise DTypeError(
             f"data is aligned to {load_bytes} byte, {problem.in_dtype} needs {problem.in_dtype.itemsize}; copy it to "
@@ -349,9 +356,12 @@ def candidates(arch: str, problem: Problem, load_bytes: int, store_bytes: int = 
         ]
     if problem.in_features == 0:
         load_bytes = min(load_bytes, 4)  # nothing is loaded; these variants exist on every architecture
+    tiles = {"ieee": _SIMT_TILES, "fp32": _SPLIT_MMA_TILES}.get(precision, _TENSOR_TILES)
+    if precision == "fp32":
+        load_bytes = 16  # the parts are aligned
     found: dict[tuple[int, int], Variant] = {}
     for tile in tiles:
-        variant = _variant(problem, tile, load_bytes)
+        variant = _variant(replace(problem, precision=precision), tile, load_bytes)
         if variant.shared_bytes <= _SHARED_BYTES[arch] and (tile.any_alignment or load_bytes == 16):
             found.setdefault((tile.block_m, tile.block_n), variant)  # of one tile's stage counts, the first that fits
     return list(found.values())
@@ -380,12 +390,12 @@ def all_variants(arch: str, *, every_output: bool = False) -> Iterator[Variant]:
                     yield from candidates(arch, problem, load_bytes)
                 if runs_on_tma(arch, problem, 16):
                     yield from candidates(arch, problem, 16, store_bytes=4)
-    if arch != "sm_90a":
+    if arch not in _SPLIT_ARCHITECTURES:
         return
     yield split_rows_variant()
     for out_dtype in _outputs(FLOAT32, every_output):
-        for in_features in (8192, _FINE_SUMS_UP_TO):
-            for store_bytes in (16, 4):
+        for in_features in (8192, _FINE_SUMS_UP_TO)[: 2 if arch == "sm_90a" else 1]:
+            for store_bytes in (16, 4)[: 2 if arch == "sm_90a" else 1]:
                 yield from candidates(arch, Problem(FLOAT32, out_dtype, "fp32", in_features, 8192), 16, store_bytes)
         for load_bytes in (16, 4):
             yield listed_rows_variant(Problem(FLOAT32, out_dtype, "fp32", 8192, 8192), load_bytes)

@@ -126,27 +126,36 @@ class PreparedSplitLaunch:
         Raises:
             ShapeError: a size or stride beyond the kernels' index range.
         """
-        store_bytes = alignment(16, y, y_stride * problem.out_dtype.itemsize or 4)
+        sizes = (rows, problem.in_features, problem.out_features)
         split = PreparedSplit(launcher, x, x_stride, rows, x_split, w_split, total_wide)
+        store_bytes = alignment(16, y, y_stride * problem.out_dtype.itemsize or 4)
         kernel, blocks = launcher.plan(problem, rows, 16, store_bytes, variant)
-        fused = launcher.prepare_tma(
-            kernel,
-            blocks,
-            x_split.operand(rows),
-            w_split.operand(problem.out_features),
-            bias,
-            y,
-            y_stride,
-            problem.out_dtype,
-            store_bytes,
-            scaling_factor,
-            x_split.scales,
-            w_split.scales,
-        )
+        if kernel.variant.persistent:
+            fused = launcher.prepare_tma(
+                kernel,
+                blocks,
+                x_split.operand(rows),
+                w_split.operand(problem.out_features),
+                bias,
+                y,
+                y_stride,
+                problem.out_dtype,
+                store_bytes,
+                scaling_factor,
+                x_split.scales,
+                w_split.scales,
+            )
+        else:
+            part_strides = (y_stride, x_split.part_columns * 2, w_split.part_columns * 2)
+            part_sizes = (rows, x_split.part_columns, problem.out_features)
+            parts = FusedLinearArgs(
+                x_split.address, w_split.address, bias, y, *part_strides, *part_sizes, scaling_factor
+            )
+            parts.x_scales, parts.w_scales = x_split.scales, w_split.scales
+            fused = PreparedLaunch(kernel, launcher.context, blocks, parts)
 
         load_bytes = alignment(16, x, w, x_stride * 4 or 4, w_stride * 4 or 4)
         exact = listed_rows_variant(problem, load_bytes)
-        sizes = (rows, problem.in_features, problem.out_features)
         strides = (y_stride, x_stride * 4, w_stride * 4)
         listed = (x_split.wide_list, x_split.wide_count)
         args = FusedLinearArgs(x, w, bias, y, *strides, *sizes, scaling_factor, *listed)

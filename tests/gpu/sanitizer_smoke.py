@@ -113,6 +113,7 @@ def launch_split(launcher: Launcher, shape: tuple[int, int, int]) -> int:
     PreparedSplit(launcher, int(w), in_features, out_features, splits[1]).queue(0)
     result = np.empty((rows, out_features), np.float32)
     variants = candidates(launcher.arch, problem, 16, alignment(16, out_features * 4))
+    variants += candidates("sm_80", problem, 16)  # which run here, too
     for variant in variants:
         call(driver.cuMemsetD8, y, 0xFF, y_bytes)
         PreparedSplitLaunch(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from bench_errors import BIASED, DATA, errors, problem, product
 
 from pipeline import FusedLinear, Pipeline, fused_gemm_sigmoid_scale_add
+from pipeline.config import FLOAT32
 from pipeline.devices.cuda import CudaDevice, count_gpus
 from pipeline.kernels.launch import Launcher
+from pipeline.kernels.select import Problem, Variant, candidates
+from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch, SplitRows
 
 torch = pytest.importorskip("torch")
 if not count_gpus():
@@ -121,6 +125,52 @@ def test_split_runs_everywhere_with_the_same_bits() -> None:
             assert result.stats.runs_as == "fp32" and result.stats.exact_rows == 30
             assert "30 rows in exact fp32" in str(result.stats)
             assert torch.equal(bits(torch.as_tensor(result.out).cuda()), bits(y))
+
+
+def product_by(variant: Variant, x: Any, w: Any) -> Any:
+    """z = x w^T by this variant of a split kernel."""
+    launcher = Launcher.for_device(0)
+    (rows, in_features), out_features = x.shape, w.shape[0]
+    memory, splits = [], []
+    for matrix in (x, w):
+        unplaced = SplitRows(0, *matrix.shape)
+        memory.append(torch.empty(unplaced.n_bytes, dtype=torch.uint8, device="cuda"))
+        splits.append(replace(unplaced, address=memory[-1].data_ptr()))
+    stream, y = torch.cuda.current_stream().cuda_stream, torch.full((rows, out_features), torch.nan, device="cuda")
+    PreparedSplit(launcher, w.data_ptr(), in_features, out_features, splits[1]).queue(stream)
+    PreparedSplitLaunch(
+        launcher,
+        Problem(FLOAT32, FLOAT32, "fp32", in_features, out_features),
+        rows=rows,
+        x=x.data_ptr(),
+        x_stride=in_features,
+        x_split=splits[0],
+        w=w.data_ptr(),
+        w_stride=in_features,
+        w_split=splits[1],
+        bias=0,
+        y=y.data_ptr(),
+        y_stride=out_features,
+        scaling_factor=0.0,
+        variant=variant,
+    ).queue(stream)
+    torch.cuda.synchronize()
+    return y
+
+
+@pytest.mark.parametrize("kind", ["normal", "mean 10", "log-normal rows"])
+@pytest.mark.parametrize("rows", [1, 130, 515])
+def test_split_through_mma_sync_is_as_accurate(kind: str, rows: int) -> None:
+    """The kernel of older GPUs runs on this one, too; its tiles give the same bits."""
+    torch.manual_seed(rows)
+    for out_features, in_features in ((300, 128), (513, 1000), (256, 4100)):
+        x, w = problem(kind, rows, out_features, in_features)
+        fp32 = Problem(FLOAT32, FLOAT32, "fp32", in_features, out_features)
+        results = [product_by(variant, x, w) for variant in candidates("sm_80", fp32, 16)]
+        assert len(results) == 2 and torch.equal(bits(results[0]), bits(results[1]))
+        frobenius, worst = errors(results[0], x, w)
+        hopper_frobenius, hopper_worst = errors(product(x, w, "fp32"), x, w)
+        assert frobenius <= 1.3 * hopper_frobenius and worst <= 2 * hopper_worst
 
 
 def test_device_names_the_split_kernel() -> None:
