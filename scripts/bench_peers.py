@@ -13,8 +13,8 @@ COPY_BYTES = 64 * 2**20
 
 
 def torch_layer(torch: Any, layer: Any) -> Callable[[Any], Any]:
-    """The layer as torch code runs it: a linear layer with bias in tf32, then two elementwise kernels."""
-    torch.backends.cuda.matmul.allow_tf32 = True
+    """The layer as torch code runs it: a linear layer with bias, in tf32 if ours is, then two elementwise kernels."""
+    torch.backends.cuda.matmul.allow_tf32 = layer.precision == "tf32"
     weight, bias = torch.from_numpy(layer.weight).cuda(), torch.from_numpy(layer.bias).cuda()
 
     def forward(x: Any) -> Any:

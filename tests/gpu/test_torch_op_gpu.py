@@ -358,7 +358,7 @@ def test_layer_memory_is_freed() -> None:
     layer = FusedLinear(B, C, 2.0)
     for _ in range(5):
         y = layer(A)
-    assert torch.cuda.memory_allocated() - before < 3 * 1024 * 1024 * 4
+    assert torch.cuda.memory_allocated() - before < 4 * 1024 * 1024 * 4, "weights, their split parts, y"
     del layer, y
     gc.collect()
     assert torch.cuda.memory_allocated() == before
