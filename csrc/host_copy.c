@@ -10,12 +10,14 @@
 //   host_copy_isa(pool)                   which instructions move the bytes: "AVX-512", "AVX2" or "portable"
 //   host_copy_source()                    the digest of the sources that the library was built from
 //
-// A job is cut into grains that the workers take one at a time, so that one job uses all of them. Requests that are
-// `background` are worked on only while no other is queued. The memory of a job and of its request belongs to the
-// caller, who keeps it until the job is done. All functions may be called from any thread, but for one job at a time
-// from one only.
+// A job is cut into grains that the workers take one at a time, so that one job uses all of them. The memory of a job
+// and of its request belongs to the caller, who keeps it until the job is done. All functions may be called from any
+// thread, but for one job at a time from one only.
 //
-// Streaming stores (past the caches) are for targets that nobody reads soon.
+// Streaming stores (past the caches) are for targets that nobody reads soon. `fresh` targets have never been written:
+// the system maps and clears their pages while they are. Their grains are whole huge pages, so that each is mapped by
+// one worker; several at once would each clear a page and throw all but one away (measured with two: 0.8 instead of
+// 12 GB/s).
 //
 // Called through ctypes (pipeline/io/native.py); `host_copy_request` and `host_copy_result` have their twins there.
 
@@ -28,7 +30,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
@@ -43,14 +44,14 @@
 #define HOST_COPY_PWRITE pwrite
 #endif
 
-enum { COPY, READ_FILE, WRITE_FILE, TOUCH, kNumKinds };
+enum { COPY, READ_FILE, WRITE_FILE, kNumKinds };
 enum { NO_CAST, FP32_TO_BF16, FP32_TO_FP16, BF16_TO_FP32, FP16_TO_FP32, kNumCasts };
 
 // `rows` rows of `length` elements (with a cast) or bytes (without), `*_stride` bytes from one row to the next. What
-// is read from a file, written to one or touched is one row: READ_FILE takes the file for the source, WRITE_FILE for
-// the target, both from byte `offset` on; TOUCH maps the pages of `target` and changes nothing.
+// is read from a file or written to one is one row: READ_FILE takes the file for the source, WRITE_FILE for the target,
+// both from byte `offset` on.
 typedef struct {
-  int32_t kind, cast, streaming, background, fd;
+  int32_t kind, cast, streaming, fresh, fd;
   void* target;
   const void* source;
   int64_t target_stride, source_stride;
@@ -73,6 +74,7 @@ typedef struct job {
   struct job* after;      // in its queue
   int64_t grains, taken;  // `taken` is guarded by the pool's lock
   int64_t grain_length, grains_a_row, rows_a_grain;
+  int64_t missing;  // elements by which the first grain of a row is shorter than the others
   int64_t start_ns, end_ns, position;
   atomic_int error;
   atomic_llong left;  // grains not yet done
@@ -87,7 +89,7 @@ struct pool {
   const instructions* isa;
   pthread_mutex_t lock;
   pthread_cond_t work, finished;
-  queue queues[2];      // ordinary and background jobs
+  queue jobs;
   atomic_llong queued;  // grains nobody has taken: what idle workers look at
   int waiting;          // threads in host_copy_wait
   int pending;          // jobs that aren't done
@@ -98,11 +100,10 @@ struct pool {
 
 // --- grains ----------------------------------------------------------------------------------------------------------
 
-enum { kGrainBytes = 256 << 10 };                 // copies: small enough to share a piece, large enough for the bus
-static const int64_t kFileGrainBytes = 1 << 20;   // of one system call
-static const int64_t kTouchGrainBytes = 4 << 20;  // some huge pages
-static const int64_t kPageBytes = 4096;
-static const int kSpins = 1000;  // some 50 us: as long as a sleeping thread takes to wake up
+enum { kGrainBytes = 256 << 10 };                // copies: small enough to share a piece, large enough for the bus
+static const int64_t kFileGrainBytes = 1 << 20;  // of one system call
+static const int64_t kHugePageBytes = 2 << 20;   // of x86-64, and of ARM with pages of 4 KiB
+static const int kSpins = 1000;                  // some 50 us: as long as a sleeping thread takes to wake up
 
 static int64_t now_ns(void) {
   struct timespec t;
@@ -130,11 +131,15 @@ static void cut_into_grains(job* j) {
     r->rows = 1;
   }
   int64_t grain_bytes = kGrainBytes;
-  if (!r->cast && (r->kind == READ_FILE || r->kind == WRITE_FILE)) grain_bytes = kFileGrainBytes;
-  if (r->kind == TOUCH) grain_bytes = kTouchGrainBytes;
+  if (!r->cast && r->kind != COPY) grain_bytes = kFileGrainBytes;
   int64_t itemsize = larger(source_itemsize(r->cast), target_itemsize(r->cast));
+  if (r->kind == COPY && r->fresh) {
+    grain_bytes = kHugePageBytes;
+    itemsize = target_itemsize(r->cast);
+    if (r->rows == 1) j->missing = (int64_t)((uintptr_t)r->target % (uintptr_t)kHugePageBytes) / itemsize;
+  }
   j->grain_length = grain_bytes / itemsize;
-  j->grains_a_row = larger(1, (r->length + j->grain_length - 1) / j->grain_length);
+  j->grains_a_row = larger(1, (j->missing + r->length + j->grain_length - 1) / j->grain_length);
   j->rows_a_grain = larger(1, grain_bytes / larger(1, r->length * itemsize));
   if (r->rows <= 0 || r->length <= 0) {
     j->grains = 0;
@@ -205,37 +210,19 @@ static void move_file_grain(job* j, int64_t first, int64_t length, char* scratch
   }
 }
 
-// Maps the pages of [first, first + length) without changing a byte: another thread may be writing there already.
-static void touch(job* j, int64_t first, int64_t length) {
-  uintptr_t begin = (uintptr_t)j->request.target + (uintptr_t)first, end = begin + (uintptr_t)length;
-  begin &= ~(uintptr_t)(kPageBytes - 1);
-#ifdef MADV_POPULATE_WRITE
-  if (!madvise((void*)begin, end - begin, MADV_POPULATE_WRITE)) return;
-  if (errno != EINVAL) {  // EINVAL: a kernel before 5.14
-    fail(j, errno, (int64_t)first);
-    return;
-  }
-#endif
-  uintptr_t low = (uintptr_t)j->request.target, page = begin;
-  for (; page < end; page += (uintptr_t)kPageBytes) {
-    atomic_fetch_add((_Atomic char*)(page < low ? low : page), 0);
-  }
-}
-
 static void run_grain(job* j, int64_t grain, char* scratch) {
   const host_copy_request* r = &j->request;
   int64_t row = grain / j->grains_a_row, rows = 1, first = 0, length = r->length;
   if (j->grains_a_row > 1) {
-    first = grain % j->grains_a_row * j->grain_length;
-    length = r->length - first < j->grain_length ? r->length - first : j->grain_length;
+    int64_t begin = grain % j->grains_a_row * j->grain_length - j->missing, end = begin + j->grain_length;
+    first = larger(begin, 0);
+    length = (end < r->length ? end : r->length) - first;
   } else {
     row = grain * j->rows_a_grain;
     rows = r->rows - row < j->rows_a_grain ? r->rows - row : j->rows_a_grain;
   }
   if (r->kind == READ_FILE || r->kind == WRITE_FILE) {
     if (!atomic_load(&j->error)) move_file_grain(j, first, length, scratch);
-  } else if (r->kind == TOUCH) {
-    touch(j, first, length);
   } else {
     for (int64_t i = row; i < row + rows; i++) {
       char* target = (char*)r->target + i * r->target_stride + first * target_itemsize(r->cast);
@@ -249,19 +236,16 @@ static void run_grain(job* j, int64_t grain, char* scratch) {
 
 // The next grain of the oldest job, or NULL. Called with the lock held.
 static job* take_grain(pool* p, int64_t* grain) {
-  for (int i = 0; i < 2; i++) {
-    job* j = p->queues[i].first;
-    if (!j) continue;
-    if (!j->taken) j->start_ns = now_ns();
-    *grain = j->taken++;
-    atomic_fetch_sub(&p->queued, 1);
-    if (j->taken == j->grains) {
-      p->queues[i].first = j->after;
-      if (!j->after) p->queues[i].last = NULL;
-    }
-    return j;
+  job* j = p->jobs.first;
+  if (!j) return NULL;
+  if (!j->taken) j->start_ns = now_ns();
+  *grain = j->taken++;
+  atomic_fetch_sub(&p->queued, 1);
+  if (j->taken == j->grains) {
+    p->jobs.first = j->after;
+    if (!j->after) p->jobs.last = NULL;
   }
-  return NULL;
+  return j;
 }
 
 static void end_job(job* j) {
@@ -344,7 +328,7 @@ int host_copy_submit(pool* p, job* j, const host_copy_request* request) {
     atomic_store(&j->done, 1);
     return 0;
   }
-  queue* q = &p->queues[request->background ? 1 : 0];
+  queue* q = &p->jobs;
   pthread_mutex_lock(&p->lock);
   if (q->last) {
     q->last->after = j;

@@ -130,7 +130,6 @@ class Staging:
     piece_bytes: int  # of one pinned piece, on the wire
     ring_pieces: int  # in each direction
     workers: int  # threads that fill and drain pieces
-    touch_ahead: bool = True  # map the pages of new results ahead of the drains
     origin: str = field(default="", compare=False)  # where the values came from, for reports
 
     @classmethod
@@ -144,8 +143,8 @@ class Staging:
 
     @classmethod
     def chosen(cls, found: Staging | None = None) -> Staging:
-        """What the environment says (PIPELINE_PIECE_BYTES, PIPELINE_RING_PIECES, PIPELINE_COPY_WORKERS,
-        PIPELINE_TOUCH_AHEAD), else what was found (None: the default).
+        """What the environment says (PIPELINE_PIECE_BYTES, PIPELINE_RING_PIECES, PIPELINE_COPY_WORKERS), else what was
+        found (None: the default).
 
         Raises:
             OptionError: a variable is no whole number of at least 1.
@@ -157,7 +156,6 @@ class Staging:
             _environment_int(names[0], found.piece_bytes),
             _environment_int(names[1], found.ring_pieces),
             _environment_int(names[2], found.workers),
-            touch_ahead=os.environ.get("PIPELINE_TOUCH_AHEAD") != "0",
             origin=", ".join([found.origin, *given] if len(given) < len(names) else given),
         )
 

@@ -136,11 +136,10 @@ class Executor:
         self._admitted = 0
         self._filling, self._uploading, self._running = Lane(), Lane(), Lane()
         self._downloading, self._draining = Lane(), Lane()
-        self._touching: deque[Operation] = deque()
         self._free_slots = deque(range(self._num_streams))
         self._unfinished = True
         try:
-            while self._flights or self._touching or not self._intake_over():
+            while self._flights or not self._intake_over():
                 if not self._step():
                     self.device.idle()
             self._unfinished = False
@@ -159,7 +158,6 @@ class Executor:
     def _step(self) -> bool:
         """Move everything that can move, the last lane first so that buffers come free. False if nothing moved."""
         moved = self._finish_drains()
-        moved |= self._finish_touches()
         moved |= self._finish_downloads()
         moved |= self._finish_kernels()
         moved |= self._finish_uploads()
@@ -199,11 +197,8 @@ class Executor:
             flight.fill_started = chunk.rows
             self._upload(flight, 0, chunk.rows, None)
         target = flight.target
-        if not isinstance(target, DeviceRows):
-            if target.array is not None and self.device.in_place(target.array):
-                flight.in_place_target = target.array
-            elif target.touch is not None and self.staging.touch_ahead:
-                self._touching.append(self.workers.submit(target.touch))
+        if not isinstance(target, DeviceRows) and target.array is not None and self.device.in_place(target.array):
+            flight.in_place_target = target.array
         return True
 
     def _own_rows(self, rows: Rows) -> Rows | DeviceRows:
@@ -333,18 +328,6 @@ class Executor:
             self._land(step)
         return moved
 
-    def _finish_touches(self) -> bool:
-        """Look at the oldest job that maps a fresh result's pages. The drains don't wait for it."""
-        if not self._touching:
-            return False
-        try:
-            if not self._touching[0].done():
-                return False
-        except Exception as error:
-            self._fail(error, "drain", None)
-        self._touching.popleft()
-        return True
-
     def _land(self, step: _Step) -> None:
         """Count rows that have reached the sink; with the last ones, commit the chunk."""
         flight = step.flight
@@ -438,7 +421,6 @@ class Executor:
             for step in lane:
                 if step.range is not None:
                     self._ranges.end(step.range)
-        self._touching.clear()
         self.ring_in.give_back_all()
         self.ring_out.give_back_all()
         for queue in (self._flights, self._filling, self._uploading, self._running, self._downloading, self._draining):

@@ -165,7 +165,6 @@ class _Rows:
         self._memory = np.empty((rows, features), dtype.carrier)
         self._pinned = pinned
         self.array: HostArray | None = self._memory if pinned else None
-        self.touch: Job | None = None
 
     def first(self, rows: int) -> _Rows:
         """The same for a chunk of `rows` rows."""

@@ -203,29 +203,11 @@ def case_memory(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         show("ordinary to ordinary memory", found)
         print(pipe.run(*arrays).stats)
 
-        found = bench.compare(
-            {
-                "pipeline": (lambda: pipe.run(x.numpy()).out, None),
-                "pipeline, pages not touched ahead": (lambda: without_touch(pipe, x.numpy()), None),
-            },
-            options.rounds,
-        )
+        found = bench.compare({"pipeline": (lambda: pipe.run(x.numpy()).out, None)}, options.rounds)
         found["stats"] = pipe.run(x.numpy()).stats.as_dict()
         results["ordinary memory to a fresh result"] = found
         show("ordinary memory to a fresh result", found)
     return results
-
-
-def without_touch(pipe: Any, x: Any) -> Any:
-    import dataclasses
-
-    executor = pipe._lanes[0].executor
-    staging = executor.staging
-    executor.staging = dataclasses.replace(staging, touch_ahead=False)
-    try:
-        return pipe.run(x).out
-    finally:
-        executor.staging = staging
 
 
 def case_pin(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:

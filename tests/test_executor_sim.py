@@ -657,7 +657,7 @@ NO_GATHER = Gather(lambda n: np.empty(n, np.uint8), 0, lambda job: job())
 class Memory:
     """A host array that counts what is read of it and can fail: it stands for a file or the network."""
 
-    array = touch = None
+    array = None
 
     def __init__(self, rows: HostArray, trouble: Callable[[int], None] = lambda row: None, first: int = 0) -> None:
         self._rows, self._trouble, self._first = rows, trouble, first

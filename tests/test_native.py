@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import itertools
-import mmap
 import os
 import shutil
 import signal
@@ -23,7 +22,7 @@ from pipeline import FileFormatError, FusedLinear, OptionError, OutputError, Pip
 from pipeline.arrays import HostArray, host_tensor
 from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, DType
 from pipeline.io import native
-from pipeline.io.jobs import Cast, CopyJob, Job, ReadJob, TouchJob, WriteJob
+from pipeline.io.jobs import Cast, CopyJob, ReadJob, WriteJob
 from pipeline.io.native import INSTRUCTIONS, NativeWorkers, open_workers
 from pipeline.io.staging import ThreadWorkers
 
@@ -246,24 +245,19 @@ def test_file_jobs_name_what_failed(workers: Any, tmp_path: Path) -> None:
     assert caught.value.errno == errno.EBADF
 
 
-def test_touch_maps_pages_and_changes_nothing(workers: Any) -> None:
-    def resident_bytes() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-
-    fresh = np.frombuffer(mmap.mmap(-1, 64 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
-    part = fresh[12345:-54321]
-    part[7], part[-1] = 5, 6
-    before = resident_bytes()
-    for _ in range(2):
-        finish(workers.submit(TouchJob(part)))
-        assert part[7] == 5 and part[-1] == 6 and not part[8:-1].any()
-    assert resident_bytes() > before + part.nbytes // 2
-
-
-def test_touch_that_fails_is_named() -> None:
-    job = TouchJob(np.empty(10, np.uint8))
-    assert isinstance(job.failure(errno.ENOMEM, 0), MemoryError)
-    assert "Cannot allocate memory" in str(job.failure(errno.ENOMEM, 0))
+@pytest.mark.parametrize("cast", [None, Cast(BFLOAT16, FLOAT32)])
+def test_copy_to_fresh_memory_of_several_huge_pages(cast: Cast | None, workers: Any) -> None:
+    """Whatever the memory's place among huge pages; nothing around it is written."""
+    dtype = np.float32 if cast is None else np.uint16
+    source = np.arange(3 * 524_288 + 1000, dtype=np.uint32).astype(np.uint16).astype(dtype).reshape(1, -1)
+    expected = source[0] if cast is None else (source[0].astype(np.uint32) << 16).view(np.float32)
+    whole = np.empty(source.size + 700_000, np.float32)
+    for first in (0, 1, 524_287, 600_001):
+        whole[:] = -1
+        part = whole[first : first + source.size].reshape(1, -1)
+        finish(workers.submit(CopyJob(part, source, cast, streaming=True, fresh=True)))
+        assert np.array_equal(part[0].view(np.uint32), expected.view(np.uint32))
+        assert (whole[:first] == -1).all() and (whole[first + source.size :] == -1).all()
 
 
 # -- which workers -----------------------------------------------------------------------------------------------------
@@ -374,17 +368,3 @@ def test_wire_dtype_of_the_layer_itself_changes_nothing() -> None:
 def test_wire_dtype_that_makes_no_sense_is_refused(dtype: str, options: dict[str, Any], text: str) -> None:
     with pytest.raises((OptionError, PipelineError), match=text):
         Pipeline(random_layer(4, 4, dtype), devices="cpu", **options)
-
-
-def test_fresh_results_can_do_without_touching(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The off switch: no job that maps pages is submitted."""
-    submitted: list[Job] = []
-    submit = ThreadWorkers.submit
-    monkeypatch.setattr(ThreadWorkers, "submit", lambda self, work: submitted.append(work) or submit(self, work))
-    monkeypatch.setenv("PIPELINE_NATIVE_COPY", "0")
-    layer, x = random_layer(37, 29), random_rows(333, 37)
-    for switch, expected in (("1", True), ("0", False)):
-        monkeypatch.setenv("PIPELINE_TOUCH_AHEAD", switch)
-        submitted.clear()
-        run_pipelined(layer, x, devices="cpu", wire_dtype="bf16")
-        assert any(isinstance(job, TouchJob) for job in submitted) is expected

@@ -6,13 +6,12 @@ native workers (native.py) can't take it over, and what they must do as well.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -46,12 +45,14 @@ def convert(target: HostArray, source: HostArray, cast: Cast | None) -> None:
 
 @dataclass(slots=True)
 class CopyJob:
-    """target[...] = source: rows of any strides, carrier types of `cast`. `streaming` stores bypass the caches."""
+    """target[...] = source: rows of any strides, carrier types of `cast`. `streaming` stores bypass the caches; the
+    memory of a `fresh` target has never been written."""
 
     target: HostArray
     source: HostArray
     cast: Cast | None = None
     streaming: bool = False
+    fresh: bool = False
 
     def __call__(self) -> None:
         convert(self.target, self.source, self.cast)
@@ -123,31 +124,3 @@ def disk_error(error: OSError, path: Path) -> OutputError:
 
 def _file_bytes(rows: HostArray, dtype: DType | None) -> int:
     return rows.nbytes if dtype is None else rows.size * dtype.itemsize
-
-
-_MADV_POPULATE_WRITE = 23  # Linux 5.14
-_PAGE_BYTES = 4096
-
-
-@dataclass(slots=True)
-class TouchJob:
-    """Maps the pages of fresh memory before it is written, so that the write doesn't wait for the system to clear
-    them; changes no byte, also of memory that is being written meanwhile."""
-
-    memory: HostArray
-
-    def __call__(self) -> None:
-        first: int = self.memory.__array_interface__["data"][0]
-        start = first & -_PAGE_BYTES
-        n_bytes = first + self.memory.nbytes - start
-        libc: Any = ctypes.CDLL(None, use_errno=True)
-        if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(n_bytes), _MADV_POPULATE_WRITE):
-            code = ctypes.get_errno()
-            if code != errno.EINVAL:  # EINVAL: the system can't; the writes will map the pages
-                raise self.failure(code, 0)
-
-    def failure(self, code: int, position: int) -> Exception:
-        """The exception of pages that can't be had."""
-        return MemoryError(
-            f"no memory for the result ({os.strerror(code)}); free some, or write it to a file with out='y.npy'"
-        )

@@ -15,10 +15,10 @@ from pipeline.arrays import HostArray
 from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, native_copy
 from pipeline.devices.base import Operation, Workers
 from pipeline.errors import PipelineError
-from pipeline.io.jobs import Cast, CopyJob, Job, ReadJob, TouchJob, WriteJob
+from pipeline.io.jobs import Cast, CopyJob, Job, ReadJob, WriteJob
 from pipeline.io.staging import ThreadWorkers
 
-_COPY, _READ_FILE, _WRITE_FILE, _TOUCH = range(4)
+_COPY, _READ_FILE, _WRITE_FILE = range(3)
 _CASTS: dict[Cast | None, int] = {
     None: 0,
     Cast(FLOAT32, BFLOAT16): 1,
@@ -36,7 +36,7 @@ class _Request(ctypes.Structure):
         ("kind", ctypes.c_int32),
         ("cast", ctypes.c_int32),
         ("streaming", ctypes.c_int32),
-        ("background", ctypes.c_int32),
+        ("fresh", ctypes.c_int32),
         ("fd", ctypes.c_int32),
         ("target", ctypes.c_void_p),
         ("source", ctypes.c_void_p),
@@ -193,8 +193,6 @@ class NativeWorkers:
 
 def _request(work: Job) -> _Request | None:
     """What the native pool is asked for, or None where it can't do the job."""
-    if isinstance(work, TouchJob):
-        return _Request(kind=_TOUCH, background=1, target=_address(work.memory), rows=1, length=work.memory.nbytes)
     if not isinstance(work, (CopyJob, ReadJob, WriteJob)) or work.cast not in _CASTS:
         return None
     cast = _CASTS[work.cast]
@@ -206,6 +204,7 @@ def _request(work: Job) -> _Request | None:
             kind=_COPY,
             cast=cast,
             streaming=work.streaming,
+            fresh=work.fresh,
             target=_address(target),
             source=_address(source),
             target_stride=target.strides[0],

@@ -64,7 +64,6 @@ class FileTarget:
 
     def __init__(self, fd: int, offset: int, row_bytes: int, path: Path, cast: Cast | None) -> None:
         self.array: HostArray | None = None
-        self.touch: Job | None = None
         self._fd, self._offset, self._row_bytes, self._path, self._cast = fd, offset, row_bytes, path, cast
 
     def drain(self, first: int, piece: HostArray) -> Job:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from pipeline.arrays import HostArray
 from pipeline.config import DType
 from pipeline.devices.base import DeviceRows
-from pipeline.io.jobs import Cast, CopyJob, Job, TouchJob
+from pipeline.io.jobs import Cast, CopyJob, Job
 
 
 class SourceRows(Protocol):
@@ -37,9 +37,6 @@ class TargetRows(Protocol):
 
     array: HostArray | None
     """The memory itself, where it is contiguous, native-endian and of the wire's type."""
-
-    touch: Job | None
-    """The job that maps the memory's pages, where nobody has written there yet."""
 
     def drain(self, first: int, piece: HostArray) -> Job:
         """The job that stores `piece` at rows [first, first + len(piece)) of the chunk."""
@@ -63,12 +60,11 @@ class ArrayTarget:
     """
 
     def __init__(self, array: HostArray, cast: Cast | None = None, *, fresh: bool = False) -> None:
-        self._array, self._cast = array, cast
+        self._array, self._cast, self._fresh = array, cast, fresh
         self.array = _in_place(array, cast)
-        self.touch: Job | None = TouchJob(array) if fresh else None
 
     def drain(self, first: int, piece: HostArray) -> Job:
-        return CopyJob(self._array[first : first + len(piece)], piece, self._cast, streaming=True)
+        return CopyJob(self._array[first : first + len(piece)], piece, self._cast, streaming=True, fresh=self._fresh)
 
 
 def _in_place(array: HostArray, cast: Cast | None) -> HostArray | None:

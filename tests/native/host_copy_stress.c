@@ -90,6 +90,7 @@ static void copy_case(pool* p, dice* d) {
   int cast = (int)roll(d, kNumCasts);
   int64_t in = source_itemsize(cast), out = target_itemsize(cast);
   int64_t rows = (int64_t)roll(d, 9), length = (int64_t)roll(d, roll(d, 8) ? 300 : 300000);
+  if (roll(d, 40) == 0) rows = 1, length = (int64_t)roll(d, 1500000);  // over huge pages
   int64_t source_row = length * in + (int64_t)roll(d, 3) * 7, target_row = length * out + (int64_t)roll(d, 3) * 5;
   int64_t shift = (int64_t)roll(d, 70);
   size_t source_bytes = (size_t)(rows ? (rows - 1) * source_row + length * in : 0);
@@ -105,7 +106,7 @@ static void copy_case(pool* p, dice* d) {
   memset(expected, 0x5a, target_bytes);
 
   int backward = rows > 1 && roll(d, 4) == 0;
-  host_copy_request r = {.kind = COPY, .cast = cast, .streaming = (int)roll(d, 2), .background = roll(d, 4) == 0};
+  host_copy_request r = {.kind = COPY, .cast = cast, .streaming = (int)roll(d, 2), .fresh = (int)roll(d, 2)};
   r.rows = rows, r.length = length, r.target = target, r.target_stride = target_row;
   r.source = backward ? source + (rows - 1) * source_row : source;
   r.source_stride = backward ? -source_row : source_row;
@@ -160,26 +161,12 @@ static void file_case(pool* p, dice* d) {
   free(back);
 }
 
-static void touch_case(pool* p, dice* d) {
-  size_t bytes = roll(d, 9 << 20) + 1, skip = roll(d, 5000);
-  if (skip >= bytes) skip = 0;
-  char* memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  CHECK(memory != MAP_FAILED);
-  host_copy_request t = {.kind = TOUCH, .background = 1, .target = memory + skip, .rows = 1};
-  t.length = (int64_t)(bytes - skip);
-  memory[bytes - 1] = 9;
-  CHECK(finish(p, submitted(p, &t), d).error == 0);
-  CHECK(memory[bytes - 1] == 9 && memory[skip == bytes - 1 ? 0 : skip] == 0);
-  munmap(memory, bytes);
-}
-
 static pool* shared;
 
 static void* submit_and_finish(void* seed) {
   dice d = {(uint64_t)(uintptr_t)seed};
   for (int i = 0; i < 60; i++) {
     copy_case(shared, &d);
-    if (i % 10 == 0) touch_case(shared, &d);
     if (i % 20 == 0) file_case(shared, &d);
   }
   return NULL;
@@ -195,7 +182,7 @@ static void burst_case(int workers) {
   char* target = malloc((size_t)kJobs * kBytes);
   job* jobs[kJobs];
   for (int i = 0; i < kJobs; i++) {
-    host_copy_request r = {.kind = COPY, .streaming = i & 1, .background = i % 5 == 0, .rows = 3, .length = 1000};
+    host_copy_request r = {.kind = COPY, .streaming = i & 1, .fresh = i % 5 == 0, .rows = 3, .length = 1000};
     r.source = source + i * kBytes, r.target = target + i * kBytes, r.source_stride = r.target_stride = 1000;
     jobs[i] = submitted(p, &r);
   }
@@ -219,7 +206,6 @@ int main(void) {
       printf("%s, %d workers\n", host_copy_isa(p), workers);
       for (int i = 0; i < 150; i++) copy_case(p, &d);
       for (int i = 0; i < 10; i++) file_case(p, &d);
-      for (int i = 0; i < 10; i++) touch_case(p, &d);
       atomic_store(&broken, 100);
       host_copy_request w = {.kind = WRITE_FILE, .fd = -1, .source = &d, .rows = 1, .length = 8, .offset = 100};
       host_copy_result failed = finish(p, submitted(p, &w), &d);
