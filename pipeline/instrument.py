@@ -93,7 +93,7 @@ class StageTotals:
         self._busy_until_s = max(self._busy_until_s, interval.end_s)
 
 
-KEPT = 10_000  # operations of a device that every run keeps, for its report: some seconds of a fast one
+KEPT = 2_000  # operations of a device that every run keeps, for its report, which takes 3 us for each
 KEPT_FOR_TRACE = 200_000
 
 
