@@ -353,7 +353,7 @@ def launch_on_gpu(
 
     from pipeline.kernels.launch import Launcher
     from pipeline.kernels.select import Problem
-    from pipeline.kernels.split import PreparedSplitLaunch, SplitRows
+    from pipeline.kernels.split import SplitRows, prepare_split_launch
 
     with torch.cuda.device(x.device.index):  # the launcher makes this GPU current; the caller's comes back
         x, weight = rows_for_kernel(x), rows_for_kernel(weight)
@@ -368,7 +368,7 @@ def launch_on_gpu(
         if x.shape[0] == 0:
             return
         _x_memory, x_split = _split_memory(x)  # freed on return, which torch orders after the launch
-        PreparedSplitLaunch(
+        prepare_split_launch(
             Launcher.for_device(x.device.index),
             Problem(parse_dtype(x.dtype), out_dtype, precision, weight.shape[1], weight.shape[0]),
             rows=x.shape[0],

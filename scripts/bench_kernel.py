@@ -278,9 +278,12 @@ def bench_launch(arguments: argparse.Namespace) -> int:
     layer = FusedLinear(torch.randn(512, 512).bfloat16(), torch.randn(512).bfloat16(), 2.0)
     x, y = torch.randn(64, 512, device="cuda").bfloat16(), torch.empty(64, 512, device="cuda", dtype=torch.bfloat16)
     weight, bias = torch.randn(512, 512, device="cuda").bfloat16(), torch.randn(512, device="cuda").bfloat16()
+    fp32 = FusedLinear(torch.randn(512, 512), torch.randn(512), 2.0)
+    x32, y32 = x.float(), y.float()
     calls: dict[str, Callable[[], object]] = {
         "layer(x, out=y)": lambda: layer(x, out=y),
         "layer(x)": lambda: layer(x),
+        "layer(x, out=y), fp32": lambda: fp32(x32, out=y32),
         "fused_gemm_sigmoid_scale_add": lambda: fused_gemm_sigmoid_scale_add(x, weight, bias, 2.0),
         "torch.mm(out=)": lambda: torch.mm(x, weight, out=y),
         "eager layer": lambda: torch.sigmoid(z := torch.nn.functional.linear(x, weight, bias)) * 2.0 + z,

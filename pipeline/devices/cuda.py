@@ -25,7 +25,7 @@ from pipeline.forward import ALIGNMENT_BYTES
 from pipeline.kernels.driver import call, call_error, count_gpus, driver
 from pipeline.kernels.launch import Launcher
 from pipeline.kernels.select import Problem, runs_as
-from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch, SplitRows, is_split
+from pipeline.kernels.split import PreparedSplit, SplitRows, is_split, prepare_split_launch
 from pipeline.layer import FusedLinear
 
 __all__ = ["CudaDevice", "count_gpus"]
@@ -297,7 +297,7 @@ class CudaDevice(Device):
             launch = functools.partial(self._launcher.launch, stream, self._problem, **operands)
         else:
             operands["x_split"], operands["w_split"] = self._x_splits[slot], self._w_split
-            prepared = PreparedSplitLaunch(self._launcher, self._problem, **operands, total_wide=self._exact_rows)
+            prepared = prepare_split_launch(self._launcher, self._problem, **operands, total_wide=self._exact_rows)
             launch = functools.partial(prepared.queue, stream)
 
         def queue() -> None:

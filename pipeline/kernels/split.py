@@ -7,6 +7,7 @@ the fused layer of the parts, and the fused layer of the listed rows once more i
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 
 from pipeline.config import FLOAT16
@@ -171,6 +172,10 @@ class PreparedSplitLaunch:
         """
         for operation in self.operations:
             operation.queue(stream)
+
+
+# The same, but those of the last few thousand arguments are remembered: buffers come again, chunk after chunk.
+prepare_split_launch = functools.lru_cache(maxsize=4096)(PreparedSplitLaunch)
 
 
 def is_split(launcher: Launcher, problem: Problem) -> bool:
