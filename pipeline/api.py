@@ -35,7 +35,7 @@ from pipeline.io.jobs import Cast, CopyJob
 from pipeline.io.native import open_workers
 from pipeline.io.rows import Chunk, Gather, Sink, Source
 from pipeline.io.sinks import CudaSink, open_sink, wrapper
-from pipeline.io.sources import CudaSource, open_source
+from pipeline.io.sources import ArraySource, CudaSource, mapped_file, open_source
 from pipeline.layer import FusedLinear
 from pipeline.report import Stats, advice, bound, ceiling_rows_per_s, mean_share, stage_stats
 from pipeline.timeline import Timeline, device_use, from_recorders
@@ -381,7 +381,10 @@ class Pipeline:
         row_bytes += 0 if isinstance(sink, CudaSink) else self._wire_row_bytes[1]
         if not self._tuning.pays((source.rows or 0) * row_bytes):
             return
-        self._tuning.measure()
+        memory = source.array if isinstance(source, ArraySource) else None
+        if memory is not None and (not memory.flags.c_contiguous or mapped_file(memory) is not None):
+            memory = None
+        self._tuning.measure(memory)
         before, self.staging = self.staging, self._tuning.staging
         old = self._workers
         if old is not None and self.staging.workers != before.workers:

@@ -28,7 +28,7 @@ _FEATURES = 8192
 _ROW_BYTES = _FEATURES * FLOAT32.itemsize
 _CHUNK_ROWS = 1024  # 32 MiB, as runs have
 _CHUNK_BYTES = _CHUNK_ROWS * _ROW_BYTES
-_SOURCE_CHUNKS = 8  # 256 MiB, so that few of its rows are in a cache when they are read again
+_SOURCE_CHUNKS = 8  # 256 MiB of scratch: more than most caches hold, where no memory of the caller's can be read
 _TARGET_CHUNKS = 2  # stores that bypass the caches find nothing there however small it is
 RING_BYTES = 2 * _CHUNK_BYTES  # the most that a ring may hold in one direction
 _FEWEST_CHUNKS = 2 * DEFAULT_STREAMS  # of a trial on a slow machine, so that all slots have been used
@@ -112,22 +112,27 @@ class _Place:
 class Copies:
     """What measures the copies of `devices`. Holds device memory, pinned and scratch memory until it is closed.
 
-    `trial_s` is the length of one measurement, in seconds on the devices' clock.
+    `trial_s` is the length of one measurement, in seconds on the devices' clock. `source` is contiguous memory of the
+    caller's to read instead of scratch memory; one of less than 256 MiB isn't used.
 
     Raises:
         DeviceMemoryError: a device or the host lacks the memory.
     """
 
-    def __init__(self, devices: Sequence[Device], trial_s: float) -> None:
+    def __init__(self, devices: Sequence[Device], trial_s: float, source: HostArray | None = None) -> None:
         self._trial_s = trial_s
+        source_chunks = 0 if source is None else source.nbytes // _CHUNK_BYTES
+        own_chunks = _TARGET_CHUNKS + (0 if source_chunks >= _SOURCE_CHUNKS else _SOURCE_CHUNKS)
         self._places: list[_Place] = []
         try:
             for device in devices:
                 self._places.append(_Place(device))
-            scratch = _as_chunks(np.empty((_SOURCE_CHUNKS + _TARGET_CHUNKS) * _CHUNK_BYTES, np.uint8))
+            scratch = _as_chunks(np.empty(own_chunks * _CHUNK_BYTES, np.uint8))
             with ThreadPoolExecutor(min(16, cores())) as pool:  # writes, since pages that nobody wrote are all the same
                 list(pool.map(lambda chunk: np.copyto(chunk, 1), scratch))
-            self._source, self._target = scratch[:_SOURCE_CHUNKS], scratch[_SOURCE_CHUNKS:]
+            self._target, self._source = scratch[:_TARGET_CHUNKS], scratch[_TARGET_CHUNKS:]
+            if source is not None and source_chunks >= _SOURCE_CHUNKS:
+                self._source = _as_chunks(source.reshape(-1).view(np.uint8)[: source_chunks * _CHUNK_BYTES])
         except BaseException:
             self.close()
             raise

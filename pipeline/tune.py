@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.arrays import HostArray
 from pipeline.config import GIB, MIB, Staging, cache_dir, cores, tuning
 from pipeline.devices.base import Device
 from pipeline.errors import DeviceMemoryError
@@ -94,13 +95,14 @@ class Tuning:
             return False
         return when == "always" or n_bytes >= PAYS_BYTES
 
-    def measure(self) -> None:
+    def measure(self, source: HostArray | None = None) -> None:
         """Measure, and keep what was found for later processes. Blocks for about a second.
 
+        `source` is contiguous memory whose reading tells more than that of scratch memory, which a large cache holds.
         Where a device lacks the memory for it nothing is measured, and `staging` says so.
         """
         try:
-            copies = Copies(self._devices, _TRIAL_S)
+            copies = Copies(self._devices, _TRIAL_S, source)
         except DeviceMemoryError as error:
             self._why_not = f"not measured: {error}"
             return
