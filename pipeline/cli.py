@@ -339,12 +339,13 @@ def _plan(args: argparse.Namespace) -> int:
 
     dtype = parse_dtype(args.dtype, "dtype")
     precision = parse_precision(args.precision, dtype)
+    machine = Machine.load(args.gpu)
     job = Job(
         args.rows,
         args.in_features,
         args.out_features,
         dtype,
-        runs_as(Problem(dtype, dtype, precision, args.in_features, args.out_features)),
+        runs_as(Problem(dtype, dtype, precision, args.in_features, args.out_features), machine.architecture),
         source=args.source,
         out=args.to,
         gpus=args.gpus,
@@ -354,7 +355,7 @@ def _plan(args: argparse.Namespace) -> int:
         storage_gb_per_s=args.storage_gb_per_s,
         network_gb_per_s=args.network_gb_per_s,
     )
-    prediction = predict(job, Machine.load(args.gpu))
+    prediction = predict(job, machine)
     if args.json:
         print(json.dumps(prediction.as_dict()))
     else:

@@ -28,13 +28,15 @@ class Machine:
     """A host and its GPUs by what was measured there. GB/s are 1e9 bytes a second.
 
     `duplex_gb_per_s` is each way with copies both ways at once, all GPUs of the host together, by their number.
-    `kernel_tflops` goes by what runs ("ieee", "tf32", "bfloat16", "float16"). `copy_gb_per_s` is what the copy workers
-    of a GPU move, fills and drains together, while the bus is busy; file rates are those of the page cache or disk
-    that the job's files are on.
+    `architecture` is what kernels are compiled for there ("sm_90a"), which decides what runs for a precision, and
+    `kernel_tflops` goes by that ("fp32", "ieee", "tf32", "bfloat16", "float16"). `copy_gb_per_s` is what the copy
+    workers of a GPU move, fills and drains together, while the bus is busy; file rates are those of the page cache or
+    disk that the job's files are on.
     """
 
     name: str
     gpu: str
+    architecture: str
     origin: str
     gpu_memory_bytes: int
     host_memory_bytes: int

@@ -156,7 +156,7 @@ def measure_machine(torch: Any) -> dict[str, Any]:
     """What pipeline.plan.Machine needs, as far as this process can measure it."""
     pinned = torch.zeros(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     device = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    precisions = {"ieee": "ieee", "tf32": "tf32", "bfloat16": "bfloat16", "float16": "float16"}
+    precisions = {"fp32": "fp32", "ieee": "ieee", "tf32": "tf32", "bfloat16": "bfloat16", "float16": "float16"}
     return {
         "h2d_gb_per_s": one_way(torch, pinned, device, True),
         "d2h_gb_per_s": one_way(torch, pinned, device, False),
@@ -172,6 +172,7 @@ def measure_machine(torch: Any) -> dict[str, Any]:
 CASES = {
     "pinned 4096 tf32": (4096, 4096, "float32", "tf32", "pinned", 4.0),
     "pinned 8192 tf32": (8192, 8192, "float32", "tf32", "pinned", 4.0),
+    "pinned 8192 fp32": (8192, 8192, "float32", "fp32", "pinned", 4.0),
     "pinned 8192 ieee": (8192, 8192, "float32", "ieee", "pinned", 1.0),
     "pinned 2048 tf32": (2048, 2048, "float32", "tf32", "pinned", 4.0),
     "pinned 8192 bfloat16": (8192, 8192, "bfloat16", "bfloat16", "pinned", 4.0),

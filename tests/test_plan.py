@@ -96,7 +96,7 @@ def test_plan_refuses_what_it_can_not_know(tmp_path: Path) -> None:
         Machine.load("abacus")
     path = tmp_path / "mine.json"
     path.write_text('{"name": "mine", "speed": 3}')
-    with pytest.raises(FileFormatError, match=r"missing \['copy_gb_per_s'.*unknown \['speed'\]"):
+    with pytest.raises(FileFormatError, match=r"missing \['architecture'.*unknown \['speed'\]"):
         Machine.load(str(path))
     path.write_text("3")
     with pytest.raises(FileFormatError, match="isn't a machine's description"):
