@@ -1,7 +1,7 @@
 // Splits fp32 rows into scaled fp16 pairs for fused_linear_split_sm90, which says what they are, and lists the rows
 // that pairs can't hold well enough.
 //
-//   v (rows, columns) fp32, row-major.
+//   v (rows, columns) fp32, row-major, v and its row stride multiples of 16 bytes.
 //   parts (rows, 64 ceil(columns / 32)) fp16: for each 32 elements 32 high parts, then 32 low ones; zeros past the
 //   last. scales (rows,): the power of two that undoes the row's scaling. wide_list, wide_count: the rows, in any
 //   order, that need exact fp32; the caller sets *wide_count to 0 before. total_wide: grows by that count.
@@ -41,6 +41,7 @@ struct SplitRows {
   static constexpr int kWeightExponents = 60;
   static constexpr int kWideExponents = 24;
   static constexpr int kFewProducts = 128;
+  static constexpr int kWidth = 4;  // elements that a thread takes at a time
 
   // 2^exponent, -126 <= exponent <= 127.
   static __device__ __forceinline__ float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
@@ -84,13 +85,31 @@ struct SplitRows {
     return total;
   }
 
+  struct alignas(kWidth * sizeof(__half)) Parts {
+    __half of[kWidth];
+  };
+
+  // Elements [i, i + kWidth) of a row, zeros past its end; i is a multiple of kWidth.
+  static __device__ __forceinline__ void load(float (&values)[kWidth], const float* v, int i, int columns) {
+    if (i + kWidth <= columns) {
+      *reinterpret_cast<float4*>(values) = *reinterpret_cast<const float4*>(v + i);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) values[j] = i + j < columns ? v[i + j] : 0.0f;
+    }
+  }
+
   static __device__ __forceinline__ void run(const SplitRowsArgs& args) {
     const int groups = (args.columns + 31) / 32;
     for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
       const float* v = args.v + row * args.v_stride;
       unsigned bits = 0;  // magnitudes are ordered as their bits are; NaN is above infinity
-      for (int i = threadIdx.x; i < args.columns; i += kNumThreads)
-        bits = max(bits, __float_as_uint(v[i]) & 0x7fffffff);
+      float values[kWidth];
+      for (int i = threadIdx.x * kWidth; i < args.columns; i += kNumThreads * kWidth) {
+        load(values, v, i, args.columns);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) bits = max(bits, __float_as_uint(values[j]) & 0x7fffffff);
+      }
       bits = largest_of_block(bits);
 
       const int largest_exponent = exponent_of(bits);
@@ -106,16 +125,21 @@ struct SplitRows {
 
       __half* parts = args.parts + static_cast<long long>(row) * groups * 64;
       Summary summary{0, 0};
-      for (int i = threadIdx.x; i < groups * 32; i += kNumThreads) {
-        const float value = i < args.columns ? v[i] : 0.0f;
-        const float scaled = __fmul_rn(__fmul_rn(value, scale0), scale1);
-        const __half high = __float2half_rn(scaled);
-        parts[i / 32 * 64 + i % 32] = high;
-        parts[i / 32 * 64 + 32 + i % 32] = __float2half_rn(__fsub_rn(scaled, __half2float(high)));
-        if (value != 0.0f) {
-          summary.exponents += exponent_of(__float_as_uint(value) & 0x7fffffff);
-          ++summary.nonzero;
+      for (int i = threadIdx.x * kWidth; i < groups * 32; i += kNumThreads * kWidth) {
+        load(values, v, i, args.columns);
+        Parts high, low;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          const float scaled = __fmul_rn(__fmul_rn(values[j], scale0), scale1);
+          high.of[j] = __float2half_rn(scaled);
+          low.of[j] = __float2half_rn(__fsub_rn(scaled, __half2float(high.of[j])));
+          if (values[j] != 0.0f) {
+            summary.exponents += exponent_of(__float_as_uint(values[j]) & 0x7fffffff);
+            ++summary.nonzero;
+          }
         }
+        *reinterpret_cast<Parts*>(parts + i / 32 * 64 + i % 32) = high;
+        *reinterpret_cast<Parts*>(parts + i / 32 * 64 + 32 + i % 32) = low;
       }
       summary = sum_of_block(summary);
       if (threadIdx.x == 0) {

@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 
 from pipeline.config import FLOAT16
+from pipeline.errors import OptionError
 from pipeline.kernels.driver import call
 from pipeline.kernels.launch import FusedLinearArgs, Launcher, PreparedLaunch, TmaOperand, in_context
 from pipeline.kernels.select import Problem, Variant, alignment, listed_rows_variant, runs_as, split_rows_variant
@@ -83,8 +84,15 @@ class PreparedSplit:
         weights: SplitRows | None = None,
         total_wide: int = 0,
     ) -> None:
-        """`v` is the device address of (rows, columns) fp32, `v_stride` counts elements. `weights`: those of the layer
-        whose x this is, None for weights themselves. `total_wide`: address of a 64-bit count of wide rows, or 0."""
+        """`v` is the device address of (rows, columns) fp32, `v_stride` counts elements; both in bytes are multiples of
+        16. `weights`: those of the layer whose x this is, None for weights themselves. `total_wide`: address of a
+        64-bit count of wide rows, or 0.
+
+        Raises:
+            OptionError: v isn't aligned.
+        """
+        if alignment(16, v, v_stride * 4 if rows > 1 else 16) != 16:
+            raise OptionError(f"rows at {v:#x}, {v_stride} elements apart, aren't aligned to 16 bytes; copy them first")
         all_wide = 0 if weights is None else weights.wide_count
         sizes = (v_stride, rows, target.columns)
         counted = (target.wide_list, target.wide_count, all_wide, total_wide)

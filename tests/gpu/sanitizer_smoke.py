@@ -95,13 +95,12 @@ def launch_shape(launcher: Launcher, precision: str, shape: tuple[int, int, int]
 def launch_split(launcher: Launcher, shape: tuple[int, int, int]) -> int:
     """Launches every split variant with a wide row among the others, and returns how many."""
     rows, in_features, out_features = shape
-    values = operand("fp32", rows, in_features)
+    values, weights = operand("fp32", rows, in_features), operand("fp32", out_features, in_features)
     values[rows // 2, 0] = 1e30
-    x, w, bias = (
-        upload(values),
-        upload(operand("fp32", out_features, in_features)),
-        upload(operand("fp32", out_features)),
-    )
+    stride = -(-in_features // 4) * 4  # rows are aligned; what is between them must not matter
+    padding = ((0, 0), (0, stride - in_features))
+    x, w = (upload(np.pad(matrix, padding, constant_values=np.nan)) for matrix in (values, weights))
+    bias = upload(operand("fp32", out_features))
     y_bytes = rows * out_features * 4
     y = call(driver.cuMemAlloc, y_bytes)
     splits = []
@@ -110,7 +109,7 @@ def launch_split(launcher: Launcher, shape: tuple[int, int, int]) -> int:
         splits.append(replace(unplaced, address=int(call(driver.cuMemAlloc, unplaced.n_bytes))))
     float32 = parse_dtype("float32")
     problem = Problem(float32, float32, "fp32", in_features, out_features)
-    PreparedSplit(launcher, int(w), in_features, out_features, splits[1]).queue(0)
+    PreparedSplit(launcher, int(w), stride, out_features, splits[1]).queue(0)
     result = np.empty((rows, out_features), np.float32)
     variants = candidates(launcher.arch, problem, 16, alignment(16, out_features * 4))
     variants += candidates("sm_80", problem, 16)  # which run here, too
@@ -121,10 +120,10 @@ def launch_split(launcher: Launcher, shape: tuple[int, int, int]) -> int:
             problem,
             rows=rows,
             x=int(x),
-            x_stride=in_features,
+            x_stride=stride,
             x_split=splits[0],
             w=int(w),
-            w_stride=in_features,
+            w_stride=stride,
             w_split=splits[1],
             bias=int(bias),
             y=int(y),
