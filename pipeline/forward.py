@@ -8,9 +8,11 @@ For x (rows, in_features), W (out_features, in_features), b (out_features,):
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,8 +26,8 @@ from pipeline.errors import DTypeError, OptionError, ShapeError
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.kernels.launch import PreparedLaunch
-    from pipeline.kernels.split import SplitRows
+    from pipeline.kernels.launch import Launcher, PreparedLaunch
+    from pipeline.kernels.select import Problem
 
 # Rows are computed on the CPU at their place on this grid, with zero rows filling up both ends, so that a row's bits
 # don't depend on the rows beside it. BLAS libraries change them with the row count: MKL's float32 product in tiles
@@ -284,49 +286,88 @@ def prepare_on_gpu(
     scaling_factor: float,
     precision: str,
     out: torch.Tensor,
-) -> PreparedLaunch | None:
+    split: torch.Tensor | None = None,
+) -> PreparedLaunch | SplitLaunch | None:
     """The launch of out[:] = layer(x), or None for no outputs.
 
     All tensors on one GPU, `x` and `weight` as `rows_for_kernel` leaves them, `out` with any row stride, `bias`
-    contiguous.
+    contiguous. `split` is what `split_on_gpu` gave for the weight.
     """
     from pipeline.kernels.launch import Launcher
     from pipeline.kernels.select import Problem
 
     problem = Problem(parse_dtype(x.dtype), parse_dtype(out.dtype), precision, weight.shape[1], weight.shape[0])
-    matrices = (x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0))
-    target = (0 if bias is None else bias.data_ptr(), out.data_ptr(), out.stride(0))
     launcher = Launcher.for_device(x.device.index)
+    bias_address = 0 if bias is None else bias.data_ptr()
+    if split is not None:
+        return SplitLaunch(launcher, problem, x, weight, bias_address, scaling_factor, out, split) if len(x) else None
+    matrices = (x.data_ptr(), x.stride(0), weight.data_ptr(), weight.stride(0))
+    target = (bias_address, out.data_ptr(), out.stride(0))
     return launcher.prepare_launch(problem, x.shape[0], *matrices, *target, scaling_factor)
+
+
+class SplitLaunch:
+    """A launch of the fp32-accurate layer, but for the stream and for the memory of x's parts, which torch lends to
+    each call. Like `PreparedLaunch` it holds addresses, not memory."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        problem: Problem,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: int,
+        scaling_factor: float,
+        out: torch.Tensor,
+        split: torch.Tensor,
+    ) -> None:
+        from pipeline.kernels.split import SplitRows, prepare_split_launch
+
+        self._device, self._x_split = x.device, SplitRows(0, *x.shape)
+        self._prepare = functools.partial(
+            prepare_split_launch,
+            launcher,
+            problem,
+            rows=x.shape[0],
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            w=weight.data_ptr(),
+            w_stride=weight.stride(0),
+            w_split=SplitRows(split.data_ptr(), *weight.shape),
+            bias=bias,
+            y=out.data_ptr(),
+            y_stride=out.stride(0),
+            scaling_factor=scaling_factor,
+        )
+
+    def queue(self, stream: int) -> None:
+        """Queue the layer on `stream`, the device's current one, and return without waiting for it."""
+        import torch
+
+        # Freed on return; torch gives it to others only after the launch, in the stream's order.
+        memory = torch.empty(self._x_split.n_bytes, dtype=torch.uint8, device=self._device)
+        self._prepare(x_split=replace(self._x_split, address=memory.data_ptr())).queue(stream)
 
 
 def split_on_gpu(weight: torch.Tensor, precision: str, out_dtype: DType) -> torch.Tensor | None:
     """Memory with the weight's rows split for the fp32-accurate kernel, queued on the current stream; None where that
     kernel doesn't run. `weight` as `rows_for_kernel` leaves it.
     """
+    import torch
+
     from pipeline.kernels.launch import Launcher
     from pipeline.kernels.select import Problem
-    from pipeline.kernels.split import PreparedSplit, is_split
+    from pipeline.kernels.split import PreparedSplit, SplitRows, is_split
 
     rows, columns = weight.shape
     launcher = Launcher.for_device(weight.device.index)
     problem = Problem(parse_dtype(weight.dtype), out_dtype, precision, columns, rows)
     if rows == 0 or not is_split(launcher, problem):
         return None
-    memory, split = _split_memory(weight)
+    memory = torch.empty(SplitRows(0, rows, columns).n_bytes, dtype=torch.uint8, device=weight.device)
+    split = SplitRows(memory.data_ptr(), rows, columns)
     PreparedSplit(launcher, weight.data_ptr(), weight.stride(0), rows, split).queue(_stream_of(weight))
     return memory
-
-
-def _split_memory(matrix: torch.Tensor) -> tuple[torch.Tensor, SplitRows]:
-    """Uninitialised memory for a matrix's parts, and its description."""
-    import torch
-
-    from pipeline.kernels.split import SplitRows
-
-    rows, columns = matrix.shape
-    memory = torch.empty(SplitRows(0, rows, columns).n_bytes, dtype=torch.uint8, device=matrix.device)
-    return memory, SplitRows(memory.data_ptr(), rows, columns)
 
 
 def _stream_of(tensor: torch.Tensor) -> int:
@@ -351,35 +392,10 @@ def launch_on_gpu(
     """
     import torch
 
-    from pipeline.kernels.launch import Launcher
-    from pipeline.kernels.select import Problem
-    from pipeline.kernels.split import SplitRows, prepare_split_launch
-
     with torch.cuda.device(x.device.index):  # the launcher makes this GPU current; the caller's comes back
         x, weight = rows_for_kernel(x), rows_for_kernel(weight)
-        out_dtype = parse_dtype(out.dtype)
         if split is None:
-            split = split_on_gpu(weight, precision, out_dtype)
-        if split is None:
-            prepared = prepare_on_gpu(x, weight, bias, scaling_factor, precision, out)
-            if prepared is not None:
-                prepared.queue(_stream_of(x))
-            return
-        if x.shape[0] == 0:
-            return
-        _x_memory, x_split = _split_memory(x)  # freed on return, which torch orders after the launch
-        prepare_split_launch(
-            Launcher.for_device(x.device.index),
-            Problem(parse_dtype(x.dtype), out_dtype, precision, weight.shape[1], weight.shape[0]),
-            rows=x.shape[0],
-            x=x.data_ptr(),
-            x_stride=x.stride(0),
-            x_split=x_split,
-            w=weight.data_ptr(),
-            w_stride=weight.stride(0),
-            w_split=SplitRows(split.data_ptr(), *weight.shape),
-            bias=0 if bias is None else bias.data_ptr(),
-            y=out.data_ptr(),
-            y_stride=out.stride(0),
-            scaling_factor=scaling_factor,
-        ).queue(_stream_of(x))
+            split = split_on_gpu(weight, precision, parse_dtype(out.dtype))
+        prepared = prepare_on_gpu(x, weight, bias, scaling_factor, precision, out, split)
+        if prepared is not None:
+            prepared.queue(_stream_of(x))

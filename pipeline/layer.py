@@ -16,6 +16,7 @@ from pipeline.config import DType, parse_dtype, parse_precision
 from pipeline.errors import DTypeError, FileFormatError, OptionError
 from pipeline.forward import (
     HostWeights,
+    SplitLaunch,
     check_gpu_out,
     check_out,
     check_rows,
@@ -71,7 +72,7 @@ class FusedLinear:
         self._lock = threading.Lock()
         self._host_weights: HostWeights | None = None
         self._gpu_weights: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = {}
-        self._launches: dict[tuple[Any, ...], PreparedLaunch | None] = {}
+        self._launches: dict[tuple[Any, ...], PreparedLaunch | SplitLaunch | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """The weights and options, for pickle and copy; the caches of devices are made again."""
@@ -188,10 +189,10 @@ class FusedLinear:
         arguments = (weight, bias, self.scaling_factor, self.precision, out)
         rows = rows_for_kernel(x.detach())
         launch_on_gpu(rows, *arguments, split)
-        if key and split is None and rows.data_ptr() == x.data_ptr():
+        if key and rows.data_ptr() == x.data_ptr():
             if len(self._launches) >= _MAX_LAUNCHES:
                 self._launches.clear()
-            self._launches[key] = prepare_on_gpu(rows, *arguments)
+            self._launches[key] = prepare_on_gpu(rows, *arguments, split)
         return out
 
     def check_dtype(self, dtype: DType, what: str = "x") -> None:
