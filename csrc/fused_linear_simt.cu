@@ -147,14 +147,13 @@ struct FusedLinearSimt {
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        const float next = __fadd_rn(total[i][j], sum[i][j]);
         if constexpr (kCompensated) {
-          const float lost = __fsub_rn(sum[i][j], __fsub_rn(next, total[i][j]));
-          sum[i][j] = fabsf(next) < __int_as_float(0x7f800000) ? lost : 0.0f;
+          add_compensated(total[i][j], sum[i][j]);
+          sum[i][j] = fabsf(total[i][j]) < __int_as_float(0x7f800000) ? sum[i][j] : 0.0f;
         } else {
+          total[i][j] = __fadd_rn(total[i][j], sum[i][j]);
           sum[i][j] = 0.0f;
         }
-        total[i][j] = next;
       }
     }
   }

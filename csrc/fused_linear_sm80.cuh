@@ -209,12 +209,7 @@ struct FusedLinearSm80 {
     }
     if (!fold) return;
 #pragma unroll
-    for (int i = 0; i < kAccumulators; ++i) {
-      float &rest = at(partial, i), &sum = at(total, i);
-      const float before = sum;
-      sum = __fadd_rn(before, rest);
-      rest = __fsub_rn(rest, __fsub_rn(sum, before));
-    }
+    for (int i = 0; i < kAccumulators; ++i) add_compensated(at(total, i), at(partial, i));
   }
 
   static __device__ __forceinline__ void store(const FusedLinearArgs& args, int row0, int column0,

@@ -1,14 +1,15 @@
 // y = epilogue(x w^T + bias): Hopper's tensor cores fed by the bulk tensor copy engine (TMA + wgmma), sm_90a.
 //
 //   x (rows, in_features), w (out_features, in_features), y (rows, out_features), bias (out_features,) or null.
-//   Row-major. bf16, fp16, or fp32 that the copy engine rounds to tf32 (nearest) on the way in; fp32 accumulation; one
-//   rounding to y's element type at the end.
+//   Row-major. bf16, fp16, fp32 that the copy engine rounds to tf32 (nearest) on the way in, or fp32 split into fp16
+//   pairs (operands.cuh); fp32 accumulation; one rounding to y's element type at the end.
 //
 // The kernel is persistent: as many blocks as the GPU holds walk over the output, computing one BLOCK_M x BLOCK_N tile
 // after the other. One thread, the producer, keeps a ring of kNumStages k-tiles full. Two consumer warpgroups multiply
 // them in turns, each every other tile with accumulators in registers: one finishes and stores its tile while the other
 // keeps the tensor cores busy ("ping-pong"). Consumers wait for nothing but full stages and their turn. Outputs leave
-// through a small buffer of each warp's own and TMA stores.
+// through a small buffer of each warp's own and TMA stores. Operands whose accumulators are promoted need registers for
+// three sets of them: there the consumers multiply side by side, each half of the rows of every tile.
 //
 // NOTE: no clusters and no multicast. They save nothing here: the GPU joins reads of the same lines by neighbouring
 // multiprocessors on their way to L2 by itself, and then reads no more than with multicast in clusters of two (ncu,
@@ -18,7 +19,7 @@
 // of row r lies at c ^ (r & 7)), each tile at a multiple of 1024.
 //
 // NOTE: an output's bits must not depend on the number of rows, so every configuration sums over k in the same order,
-// in steps of 32 bytes, in one accumulator, without split-k. The width of a wgmma doesn't change them (measured).
+// in steps of 32 bytes, without split-k. The width of a wgmma doesn't change them (measured).
 //
 // Launch: grid of one dimension, any size up to the number of tiles; block kNumThreads; dynamic shared memory
 // kSharedBytes. Tensor maps, all with the 128-byte swizzle and boxes of 128 bytes: x's of x_box_rows rows, w's of
@@ -284,11 +285,7 @@ struct FusedLinearSm90 {
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-          for (int i = 0; i < BLOCK_N / 2; ++i) {
-            const float sum = __fadd_rn(total[part][i], partial[part][i]);
-            partial[part][i] = __fsub_rn(partial[part][i], __fsub_rn(sum, total[part][i]));
-            total[part][i] = sum;
-          }
+          for (int i = 0; i < BLOCK_N / 2; ++i) add_compensated(total[part][i], partial[part][i]);
         }
       }
     }

@@ -1,13 +1,13 @@
 // What a k-tile of 128 bytes a row holds and how it is multiplied: data as they are, or fp32 split into fp16 pairs.
 //
-// A k-tile has four steps of 32 bytes, one tensor core instruction's k each. Product i multiplies step x_step(i) of x's
-// rows with step w_step(i) of w's.
+// A k-tile has four steps of 32 bytes, one tensor core instruction's k each. Of kProducts products the i-th multiplies
+// step x_step(i) of x's rows with step w_step(i) of w's.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// A k-tile's four steps of 32 bytes, each times its like.
+// Data as they are: each step times its like.
 template <typename T>
 struct Plain {
   using Element = T;
@@ -27,9 +27,9 @@ struct Plain {
 // most 2^-22 of the whole. Scheme: H. Ootomo and R. Yokota, "Recovering single precision accuracy from Tensor Cores
 // while surpassing the FP32 theoretical peak performance", 2022.
 //
-// NOTE: wgmma truncates its accumulator at every step, which adds up. So accumulators start anew every kPromoteEvery
-// k-tiles, the small products first, which leaves two truncations a k-tile at full magnitude; ordinary additions sum
-// the groups over 512 of k, and compensated ones those sums. The error then hardly depends on K.
+// NOTE: tensor cores truncate their accumulators at every step, which adds up. So accumulators start anew every
+// kPromoteEvery k-tiles, the small products first, which leaves two truncations a k-tile at full magnitude; ordinary
+// additions sum the groups over 512 of k, and compensated ones those sums. The error then hardly depends on K.
 template <int kPromoteEvery_>
 struct SplitFp16 {
   using Element = __half;
