@@ -37,8 +37,10 @@ if TYPE_CHECKING:
 CPU_ROW_GRID = 64
 _CPU_MIN_FEATURES = 64  # narrower weights get zero output features, for the same reason
 ALIGNMENT_BYTES = 16  # of addresses and row strides in device memory
-_CPU_BLOCK_ROWS = 512  # rows and columns of one matrix product on the CPU: they bound the memory of the float32
-_CPU_BLOCK_COLUMNS = 512  # intermediate; narrower products take longer for the same work
+# Rows and columns of one matrix product on the CPU: they bound the memory of its result before it is rounded. Narrower
+# products take longer for the same work.
+_CPU_BLOCK_ROWS = 512
+_CPU_BLOCK_COLUMNS = 512
 
 
 def reference(x: Any, weight: Any, bias: Any, scaling_factor: float) -> npt.NDArray[np.float64]:

@@ -50,13 +50,13 @@ def test_runs_as_splits_fp32_where_there_is_a_kernel() -> None:
 @pytest.mark.parametrize("side", ["in_dtype", "out_dtype"])
 def test_runs_as_refuses_float64_with_a_remedy(side: str) -> None:
     with pytest.raises(DTypeError, match=r"float64.*devices='cpu'"):
-        runs_as(replace(IEEE, **{side: FLOAT64}))
+        runs_as(replace(IEEE, **{side: FLOAT64}), "sm_90a")
 
 
 @pytest.mark.parametrize("problem", [replace(BF16, precision="tf32"), replace(IEEE, precision="bfloat16")])
 def test_runs_as_refuses_a_precision_the_data_lacks(problem: Problem) -> None:
     with pytest.raises(OptionError, match="expected one of"):
-        runs_as(problem)
+        runs_as(problem, "sm_90a")
 
 
 def test_select_gives_the_reference_layer_a_large_tile() -> None:

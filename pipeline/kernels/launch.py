@@ -282,13 +282,9 @@ class Launcher:
         kernel, blocks = self.plan(problem, rows, load_bytes, store_bytes, variant)
         sizes = (rows, problem.in_features, problem.out_features)
         if not kernel.variant.persistent:
-            x_stride_bytes = x_stride_bytes if rows > 1 else 0
-            w_stride_bytes = w_stride_bytes if problem.out_features > 1 else 0
-            _check_range("row stride of x, bytes,", x_stride_bytes, _MAX_STRIDE_BYTES)
-            _check_range("row stride of w, bytes,", w_stride_bytes, _MAX_STRIDE_BYTES)
-            strides = (y_stride, x_stride_bytes, w_stride_bytes)
-            args = FusedLinearArgs(x, w, bias, y, *strides, *sizes, scaling_factor)
-            return PreparedLaunch(kernel, self.context, blocks, args)
+            return self.prepare_rows(
+                kernel, blocks, x, x_stride_bytes, w, w_stride_bytes, bias, y, y_stride, *sizes, scaling_factor
+            )
 
         if kernel.variant.kernel != "fused_linear_sm90":
             raise OptionError(f"{kernel.variant.description} needs split operands: see pipeline/kernels/split.py")
@@ -298,6 +294,37 @@ class Launcher:
         return self.prepare_tma(
             kernel, blocks, x_operand, w_operand, bias, y, y_stride, problem.out_dtype, store_bytes, scaling_factor
         )
+
+    def prepare_rows(
+        self,
+        kernel: LoadedKernel,
+        blocks: int,
+        x: int,
+        x_stride_bytes: int,
+        w: int,
+        w_stride_bytes: int,
+        bias: int,
+        y: int,
+        y_stride: int,
+        rows: int,
+        in_features: int,
+        out_features: int,
+        scaling_factor: float,
+        **more: int,
+    ) -> PreparedLaunch:
+        """The launch of an sm80 or SIMT kernel. `y_stride` counts elements; `more` are the last fields of the argument.
+
+        Raises:
+            ShapeError: a stride beyond the kernels' index range.
+        """
+        x_stride_bytes = x_stride_bytes if rows > 1 else 0
+        w_stride_bytes = w_stride_bytes if out_features > 1 else 0
+        _check_range("row stride of x, bytes,", x_stride_bytes, _MAX_STRIDE_BYTES)
+        _check_range("row stride of w, bytes,", w_stride_bytes, _MAX_STRIDE_BYTES)
+        sizes = (rows, in_features, out_features)
+        strides = (y_stride, x_stride_bytes, w_stride_bytes)
+        args = FusedLinearArgs(x, w, bias, y, *strides, *sizes, scaling_factor, **more)
+        return PreparedLaunch(kernel, self.context, blocks, args)
 
     def prepare_tma(
         self,

@@ -3,9 +3,9 @@
 These kernels cover every shape: `fused_linear_sm90` (Hopper's tensor cores: bf16, fp16, tf32), `fused_linear_sm80` (the
 same through instructions that sm_80 and later have, for any layout), `fused_linear_split_sm90` and `..._sm80` (fp32
 accuracy from fp16 pairs, which `split_rows` makes) and `fused_linear_simt` (exact fp32). A `Variant` is one
-instantiation of a kernel's template. The variants of one kernel differ in speed only: an output's
-bits are the same whatever the tile, hence whatever the number of rows. Different kernels may differ in the last bit,
-so which kernel runs is decided by element types, sizes of the layer, addresses and strides, never by rows.
+instantiation of a kernel's template. The variants of one kernel differ in speed only: an output's bits are the same
+whatever the tile, hence whatever the number of rows. Different kernels may differ in the last bit, so which kernel runs
+is decided by element types, sizes of the layer, addresses and strides, never by rows.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ _SPLIT_MMA_TILES = (
     _Tile(128, 128, 4, 2, 3, 1, 1.0, any_alignment=True),
     _Tile(64, 64, 2, 2, 4, 2, 0.7, any_alignment=True),
 )
-# GPUs with a split kernel. Others have too few fp16 products a second for each of fp32: three of them take the place of
-# one. NVIDIA's data sheets: A100 16 (312 TFLOP/s against 19.5), RTX 3090 and 4090 and L40S 2 to 4.
+# GPUs with a split kernel, where three fp16 products are faster than one of fp32. By NVIDIA's data sheets the A100 does
+# 16 in the time of one (312 TFLOP/s against 19.5), the RTX 3090, RTX 4090 and L40S 2 to 4.
 _SPLIT_ARCHITECTURES = ("sm_80", "sm_90a")
 _SPLIT_FROM = 128  # in_features; sums of fewer products are exact fp32 (csrc/split_rows.cu says why)
 _BAND_ROWS = 2048  # rows of x that pass through L2 together: as many as columns of y in a wave of 132 tiles
@@ -189,7 +189,7 @@ def architecture(major: int, minor: int, name: str = "this GPU") -> str:
         ) from None
 
 
-def runs_as(problem: Problem, arch: str = "") -> str:
+def runs_as(problem: Problem, arch: str) -> str:
     """The precision that really runs on `arch`: "fp32", "ieee", "tf32", "bfloat16" or "float16".
 
     "fp32" is exact fp32 ("ieee") where there is no split kernel, and for fewer than 128 in_features.

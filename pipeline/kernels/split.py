@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pipeline.config import FLOAT16
 from pipeline.errors import OptionError
 from pipeline.kernels.driver import call
-from pipeline.kernels.launch import FusedLinearArgs, Launcher, PreparedLaunch, TmaOperand, in_context
+from pipeline.kernels.launch import Launcher, PreparedLaunch, TmaOperand, in_context
 from pipeline.kernels.select import Problem, Variant, alignment, listed_rows_variant, runs_as, split_rows_variant
 
 _BLOCKS_PER_MULTIPROCESSOR = 8  # of split_rows, 256 threads each
@@ -134,8 +134,8 @@ class PreparedSplitLaunch:
 
         Raises:
             ShapeError: a size or stride beyond the kernels' index range.
+            OptionError: x isn't aligned to 16 bytes.
         """
-        sizes = (rows, problem.in_features, problem.out_features)
         split = PreparedSplit(launcher, x, x_stride, rows, x_split, w_split, total_wide)
         store_bytes = alignment(16, y, y_stride * problem.out_dtype.itemsize or 4)
         kernel, blocks = launcher.plan(problem, rows, 16, store_bytes, variant)
@@ -155,22 +155,44 @@ class PreparedSplitLaunch:
                 w_split.scales,
             )
         else:
-            part_strides = (y_stride, x_split.part_columns * 2, w_split.part_columns * 2)
-            part_sizes = (rows, x_split.part_columns, problem.out_features)
-            parts = FusedLinearArgs(
-                x_split.address, w_split.address, bias, y, *part_strides, *part_sizes, scaling_factor
+            fused = launcher.prepare_rows(
+                kernel,
+                blocks,
+                x_split.address,
+                x_split.part_columns * 2,
+                w_split.address,
+                w_split.part_columns * 2,
+                bias,
+                y,
+                y_stride,
+                rows,
+                x_split.part_columns,
+                problem.out_features,
+                scaling_factor,
+                x_scales=x_split.scales,
+                w_scales=w_split.scales,
             )
-            parts.x_scales, parts.w_scales = x_split.scales, w_split.scales
-            fused = PreparedLaunch(kernel, launcher.context, blocks, parts)
 
         load_bytes = alignment(16, x, w, x_stride * 4 or 4, w_stride * 4 or 4)
-        exact = listed_rows_variant(problem, load_bytes)
-        strides = (y_stride, x_stride * 4, w_stride * 4)
-        listed = (x_split.wide_list, x_split.wide_count)
-        args = FusedLinearArgs(x, w, bias, y, *strides, *sizes, scaling_factor, *listed)
-        exact_blocks = exact.tiles(rows, problem.out_features)
-        # In the order they run; the last computes the listed rows.
-        self.operations = (split, fused, PreparedLaunch(launcher.load(exact), launcher.context, exact_blocks, args))
+        exact = launcher.load(listed_rows_variant(problem, load_bytes))
+        listed = launcher.prepare_rows(
+            exact,
+            exact.variant.tiles(rows, problem.out_features),
+            x,
+            x_stride * 4,
+            w,
+            w_stride * 4,
+            bias,
+            y,
+            y_stride,
+            rows,
+            problem.in_features,
+            problem.out_features,
+            scaling_factor,
+            row_list=x_split.wide_list,
+            row_count=x_split.wide_count,
+        )
+        self.operations = (split, fused, listed)  # in the order they run
 
     def queue(self, stream: int) -> None:
         """Queue the layer on `stream` (a raw CUstream) and return without waiting for it.
