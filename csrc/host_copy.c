@@ -71,7 +71,7 @@ typedef struct pool pool;
 typedef struct job {
   host_copy_request request;
   pool* owner;
-  struct job* after;      // in its queue
+  struct job* after;      // in the queue
   int64_t grains, taken;  // `taken` is guarded by the pool's lock
   int64_t grain_length, grains_a_row, rows_a_grain;
   int64_t missing;  // elements by which the first grain of a row is shorter than the others
@@ -81,15 +81,11 @@ typedef struct job {
   atomic_int done;
 } job;
 
-typedef struct {
-  job *first, *last;
-} queue;
-
 struct pool {
   const instructions* isa;
   pthread_mutex_t lock;
   pthread_cond_t work, finished;
-  queue jobs;
+  job *first, *last;    // queued
   atomic_llong queued;  // grains nobody has taken: what idle workers look at
   int waiting;          // threads in host_copy_wait
   int pending;          // jobs that aren't done
@@ -221,7 +217,7 @@ static void run_grain(job* j, int64_t grain, char* scratch) {
     row = grain * j->rows_a_grain;
     rows = r->rows - row < j->rows_a_grain ? r->rows - row : j->rows_a_grain;
   }
-  if (r->kind == READ_FILE || r->kind == WRITE_FILE) {
+  if (r->kind != COPY) {
     if (!atomic_load(&j->error)) move_file_grain(j, first, length, scratch);
   } else {
     for (int64_t i = row; i < row + rows; i++) {
@@ -236,14 +232,14 @@ static void run_grain(job* j, int64_t grain, char* scratch) {
 
 // The next grain of the oldest job, or NULL. Called with the lock held.
 static job* take_grain(pool* p, int64_t* grain) {
-  job* j = p->jobs.first;
+  job* j = p->first;
   if (!j) return NULL;
   if (!j->taken) j->start_ns = now_ns();
   *grain = j->taken++;
   atomic_fetch_sub(&p->queued, 1);
   if (j->taken == j->grains) {
-    p->jobs.first = j->after;
-    if (!j->after) p->jobs.last = NULL;
+    p->first = j->after;
+    if (!j->after) p->last = NULL;
   }
   return j;
 }
@@ -328,14 +324,13 @@ int host_copy_submit(pool* p, job* j, const host_copy_request* request) {
     atomic_store(&j->done, 1);
     return 0;
   }
-  queue* q = &p->jobs;
   pthread_mutex_lock(&p->lock);
-  if (q->last) {
-    q->last->after = j;
+  if (p->last) {
+    p->last->after = j;
   } else {
-    q->first = j;
+    p->first = j;
   }
-  q->last = j;
+  p->last = j;
   p->pending++;
   atomic_fetch_add(&p->queued, j->grains);
   if (j->grains == 1) {

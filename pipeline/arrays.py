@@ -109,6 +109,11 @@ def empty_like(x: Any, shape: tuple[int, int]) -> Any:
     return np.empty(shape, np.asanyarray(x).dtype.newbyteorder("="))
 
 
+def address_of(array: HostArray) -> int:
+    """The address of a NumPy array's first element."""
+    return int(array.__array_interface__["data"][0])
+
+
 def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
     """First address and the one after the last that a torch tensor's elements take up."""
     if tensor.numel() == 0:

@@ -51,7 +51,7 @@ class _TimedFeed(Feed):
         self.ended_s = float("inf")
 
     def take(self) -> Chunk | None:
-        if self.ended_s < float("inf"):
+        if self.exhausted:
             return None
         if self._taken >= _FEWEST_CHUNKS and self._now() >= self._until_s:
             self.stop()
@@ -210,7 +210,7 @@ class Copies:
         return [workers or shared for workers in own]  # type: ignore[misc]  # shared is None where nobody needs it
 
     def _close(self, workers: list[Workers]) -> None:
-        for each in {id(each): each for each in workers}.values():
+        for each in set(workers):
             each.close()
 
     def _rate(

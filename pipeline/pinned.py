@@ -6,7 +6,7 @@ import weakref
 from types import TracebackType
 from typing import Any
 
-from pipeline.arrays import HostArray, host_view
+from pipeline.arrays import HostArray, address_of, host_view
 from pipeline.devices.cuda import is_pinned, register, unregister
 from pipeline.errors import OptionError
 
@@ -18,7 +18,7 @@ class Pinned:
     def __init__(self, array: Any, host: HostArray) -> None:
         self.array = array
         self._close: weakref.finalize[Any, Any] | None = None
-        address = int(host.__array_interface__["data"][0])
+        address = address_of(host)
         if host.nbytes and not is_pinned(address):
             register(address, host.nbytes, read_only=not host.flags.writeable)
             self._close = weakref.finalize(self, _unregister, address, host)

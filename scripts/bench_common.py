@@ -75,12 +75,13 @@ def worst_difference(torch: Any, layer: Any, x: Any, y: Any, rows: int = 8192) -
     return worst
 
 
-def random_layer(features: int, precision: str) -> Any:
+def random_layer(features: int, precision: str, out_features: int | None = None) -> Any:
+    """A layer of random weights, as wide at its end as at its beginning unless `out_features` says otherwise."""
     import numpy as np
 
     from pipeline import FusedLinear
 
     rng = np.random.default_rng(0)
-    bound = features**-0.5
-    weight = rng.uniform(-bound, bound, (features, features)).astype(np.float32)
-    return FusedLinear(weight, rng.uniform(-bound, bound, features).astype(np.float32), 2.0, precision=precision)
+    bound, out_features = features**-0.5, out_features or features
+    weight = rng.uniform(-bound, bound, (out_features, features)).astype(np.float32)
+    return FusedLinear(weight, rng.uniform(-bound, bound, out_features).astype(np.float32), 2.0, precision=precision)

@@ -1,7 +1,8 @@
 """`scripts/bench stream`: host to host through Pipeline, against the bus's bare ceiling and what people write.
 
-The contenders of a case move the same bytes and take turns; figures are medians with their range. Each result is
-compared with the float64 layer, all rows, and was NaN before.
+The contenders of a case move the same bytes and take turns; figures are medians with their range. What `Bench.compare`
+times is compared with the float64 layer, all rows, and an output that is given to it was NaN before; the cases short,
+start and sweep are timed only.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_peers as peers
-from bench_common import ALLOWED, GIB, ROOT, context, summary, write_json
+from bench_common import ALLOWED, GIB, ROOT, context, random_layer, summary, write_json
 
 # The result of bf16 arithmetic, relative to 1 + |y|: operands, weights and results are off by 2**-9 of their size.
 ALLOWED_BF16 = 3e-2
@@ -31,27 +32,21 @@ Contender = Callable[[], None]
 
 
 class Bench:
-    """The layer, x and y in pinned and ordinary memory, and the float64 result on the GPU."""
+    """The layer, x and y in pinned and ordinary memory, and the float64 result, rounded to float32, on the
+    GPU."""
 
     def __init__(self, torch: Any, rows: int, in_features: int, out_features: int, precision: str) -> None:
-        import numpy as np
-
-        from pipeline import FusedLinear
-
         self.torch, self.rows, self.precision = torch, rows, precision
-        random_numbers, bound = np.random.default_rng(0), in_features**-0.5
-        weight = random_numbers.uniform(-bound, bound, (out_features, in_features)).astype(np.float32)
-        bias = random_numbers.uniform(-bound, bound, out_features).astype(np.float32)
-        self.layer = FusedLinear(weight, bias, 2.0, precision=precision)
+        self.layer = random_layer(in_features, precision, out_features)
         self.x_pinned = torch.empty(rows, in_features, pin_memory=True)
         self.y_pinned = torch.full((rows, out_features), torch.nan, pin_memory=True)
         torch.manual_seed(0)
         self.want = torch.empty(rows, out_features, device="cuda")
-        w, b = torch.from_numpy(weight).cuda().double().T, torch.from_numpy(bias).cuda().double()
+        w, b = (torch.from_numpy(array).cuda().double() for array in (self.layer.weight, self.layer.bias))
         for row in range(0, rows, 8192):
             part = torch.randn(min(8192, rows - row), in_features, device="cuda")
             self.x_pinned[row : row + 8192].copy_(part)
-            z = torch.addmm(b, part.double(), w)
+            z = torch.addmm(b, part.double(), w.T)
             self.want[row : row + 8192] = 2.0 * torch.sigmoid(z) + z
         self.x = self.x_pinned.clone()  # clone() of a pinned tensor is pageable
         self.y = torch.full((rows, out_features), torch.nan)
@@ -197,11 +192,12 @@ def case_memory(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
                 y,
             )
         found = bench.compare(contenders, options.rounds, {"pipeline, wire_dtype bf16": ALLOWED_BF16})
-        found["stats"] = pipe.run(*arrays).stats.as_dict()
+        stats = pipe.run(*arrays).stats
+        found["stats"] = stats.as_dict()
         found["stats_bf16"] = narrow.run(*arrays).stats.as_dict()
         results["ordinary to ordinary memory"] = found
         show("ordinary to ordinary memory", found)
-        print(pipe.run(*arrays).stats)
+        print(stats)
 
         found = bench.compare({"pipeline": (lambda: pipe.run(x.numpy()).out, None)}, options.rounds)
         found["stats"] = pipe.run(x.numpy()).stats.as_dict()
@@ -316,10 +312,11 @@ def case_shapes(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
                 },
                 options.rounds,
             )
-            found["stats_pinned"] = pipe.run(*pinned).stats.as_dict()
+            stats = pipe.run(*pinned).stats
+            found["stats_pinned"] = stats.as_dict()
             found["stats_ordinary"] = pipe.run(*ordinary).stats.as_dict()
             found["bound"] = {name: found[f"stats_{name}"]["bound"] for name in ("pinned", "ordinary")}
-            print(pipe.run(*pinned).stats)
+            print(stats)
         results[f"{in_features} -> {out_features}"] = found
         show(f"{in_features} -> {out_features}, bound by {found['bound']}", found)
     return results

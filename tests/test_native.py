@@ -199,7 +199,7 @@ def test_close_lets_queued_jobs_end() -> None:
     job = workers.submit(CopyJob(target, source))
     workers.close()
     assert_same_bits(target, source)
-    assert job is not None
+    assert job.done()
 
 
 # -- files and pages ---------------------------------------------------------------------------------------------------

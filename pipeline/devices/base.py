@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pipeline.arrays import HostArray
+from pipeline.arrays import HostArray, address_of
 from pipeline.config import DType
 from pipeline.errors import DeviceNotFoundError, OptionError
 from pipeline.layer import FusedLinear
@@ -164,7 +164,7 @@ class Device(ABC):
 def aligned_memory(n_bytes: int) -> HostArray:
     """Ordinary host memory with the alignment that `Device.pinned` promises."""
     memory = np.empty(n_bytes + 63, np.uint8)
-    start = -memory.__array_interface__["data"][0] % 64
+    start = -address_of(memory) % 64
     return memory[start : start + n_bytes]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.arrays import HostArray, host_tensor
+from pipeline.arrays import HostArray, address_of, host_tensor
 from pipeline.config import FLOAT32, DType
 from pipeline.devices.base import Device, DeviceRows, Operation, aligned_memory
 from pipeline.errors import DeviceMemoryError
@@ -125,7 +125,7 @@ class CpuDevice(Device):
         return True
 
     def own_rows(self, rows: HostArray) -> DeviceRows | None:
-        address = int(rows.__array_interface__["data"][0])
+        address = address_of(rows)
         return DeviceRows(0, address, rows.shape[1], len(rows), rows)
 
     def _queue(self, stage: str, slot: int, work: Callable[[], None]) -> Operation:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.arrays import HostArray
+from pipeline.arrays import HostArray, address_of
 from pipeline.config import GIB, DType
 from pipeline.devices.base import Device, DeviceRows, Operation
 from pipeline.errors import DeviceError, DeviceMemoryError
@@ -227,14 +227,14 @@ class CudaDevice(Device):
         return _memory_at(address, n_bytes)
 
     def free_pinned(self, memory: HostArray) -> None:
-        address = int(memory.__array_interface__["data"][0])
+        address = address_of(memory)
         self._pinned.remove(address)
         self.bind()
         call("cuMemFreeHost", address)
 
     def in_place(self, rows: HostArray) -> bool:
         """Whether the first and the last byte of `rows` are pinned memory, as the driver knows it."""
-        first = rows.__array_interface__["data"][0]
+        first = address_of(rows)
         return _is_pinned(first) and _is_pinned(first + rows.nbytes - 1)
 
     def _timed(self, slot: int, what: str, queue: Callable[[], None]) -> Operation:
@@ -250,7 +250,7 @@ class CudaDevice(Device):
 
     def _copy_rows(self, target: int, rows: HostArray, stream: Any) -> None:
         """Queue a copy of contiguous host rows to rows `_pitch_bytes` apart."""
-        source = rows.__array_interface__["data"][0]
+        source = address_of(rows)
         if self._pitch_bytes == self._in_row_bytes:
             call("cuMemcpyHtoDAsync", target, source, rows.nbytes, stream)
             return
@@ -308,7 +308,7 @@ class CudaDevice(Device):
         return self._timed(slot, "kernel", queue)
 
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
-        source, target = self._outputs[slot] + first * self._out_row_bytes, rows.__array_interface__["data"][0]
+        source, target = self._outputs[slot] + first * self._out_row_bytes, address_of(rows)
         stream = self._streams[slot]
         return self._timed(slot, "D2H copy", lambda: call("cuMemcpyDtoHAsync", target, source, rows.nbytes, stream))
 

@@ -1,4 +1,4 @@
-"""What copy workers do: copies with or without a cast, reads and writes of files, pages mapped ahead of their use.
+"""What copy workers do: copies with or without a cast, reads and writes of files.
 
 Calling a job does it, with NumPy and the system's calls, in the calling thread. That is how it is done where the
 native workers (native.py) can't take it over, and what they must do as well.

@@ -11,7 +11,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from pipeline.arrays import HostArray
+from pipeline.arrays import HostArray, address_of
 from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, native_copy
 from pipeline.devices.base import Operation, Workers
 from pipeline.errors import PipelineError
@@ -205,25 +205,21 @@ def _request(work: Job) -> _Request | None:
             cast=cast,
             streaming=work.streaming,
             fresh=work.fresh,
-            target=_address(target),
-            source=_address(source),
+            target=address_of(target),
+            source=address_of(source),
             target_stride=target.strides[0],
             source_stride=source.strides[0],
             rows=len(target),
             length=target.shape[1] * (target.itemsize if cast == 0 else 1),
         )
     rows = work.target if isinstance(work, ReadJob) else work.source
-    request = _Request(cast=cast, fd=work.fd, rows=1, length=rows.nbytes if cast == 0 else rows.size)
-    request.offset = work.position
+    length = rows.nbytes if cast == 0 else rows.size
+    request = _Request(cast=cast, fd=work.fd, rows=1, length=length, offset=work.position)
     if isinstance(work, ReadJob):
-        request.kind, request.target = _READ_FILE, _address(rows)
+        request.kind, request.target = _READ_FILE, address_of(rows)
     else:
-        request.kind, request.source = _WRITE_FILE, _address(rows)
+        request.kind, request.source = _WRITE_FILE, address_of(rows)
     return request
-
-
-def _address(array: HostArray) -> int:
-    return int(array.__array_interface__["data"][0])
 
 
 def _is_plain(array: HostArray) -> bool:
