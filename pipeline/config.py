@@ -1,4 +1,4 @@
-"""Element types, precisions, run options and every environment variable the package reads."""
+"""Element types, precisions, run options and the environment variables the package reads, but for nsys.py's two."""
 
 from __future__ import annotations
 

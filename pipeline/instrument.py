@@ -169,15 +169,3 @@ def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
         else:
             union.append((start, end))
     return union
-
-
-def overlap_s(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float:
-    """Seconds that two merged span lists have in common."""
-    total, i, j = 0.0, 0, 0
-    while i < len(a) and j < len(b):
-        total += max(0.0, min(a[i][1], b[j][1]) - max(a[i][0], b[j][0]))
-        if a[i][1] < b[j][1]:
-            i += 1
-        else:
-            j += 1
-    return total

@@ -154,7 +154,7 @@ def read_report(path: str | os.PathLike[str]) -> Timeline:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} isn't there; expected the SQLite export of an nsys report")
     try:
-        with closing(sqlite3.connect(f"file:{Path(path).resolve()}?mode=ro", uri=True)) as database:
+        with closing(sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True)) as database:
             return _read(database, str(path))
     except sqlite3.DatabaseError as error:
         raise FileFormatError(

@@ -174,18 +174,11 @@ def _use_table(device: str, hardware: str, use: DeviceUse) -> str:
         for stage, lane in use.lanes.items()
         if lane.count
     )
-    hidden = [
-        f"{what} hidden behind {behind}: {share:.1%}"
-        for what, behind, share in (
-            ("kernel time", "copies", use.kernel_hidden_share),
-            ("copy time", "kernels", use.copy_hidden_share),
-        )
-        if share is not None
-    ]
     return (
         f"<h2>{escape(device)} {escape(hardware)}: steady window of {(use.end_s - use.start_s) * 1e3:,.1f} ms</h2>"
         f'<table class="use"><tr><th>lane</th><th>operations</th><th>busy ms</th><th>busy</th><th>waiting</th>'
-        f"<th>longest wait, ms</th><th>waiting for</th></tr>{rows}</table><p>{escape('; '.join(hidden))}</p>"
+        f"<th>longest wait, ms</th><th>waiting for</th></tr>{rows}</table>"
+        f"<p>{escape('; '.join(use.hidden_texts()))}</p>"
     )
 
 

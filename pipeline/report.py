@@ -86,7 +86,7 @@ class Stats:
             f"{self.pinned_bytes / 2**20:.0f} MiB pinned",
             f"{self.copy_workers}; ring: {self.ring_pieces} pieces of {self.piece_bytes / 2**20:g} MiB each way; "
             f"{self.staging_origin}",
-            *stage_table({name: asdict(stage) for name, stage in self.stages.items()}),
+            *stage_table(self.stages),
         ]
         if self.bound != "none":
             out.append(self.bound_line())
@@ -105,16 +105,16 @@ class Stats:
         return text
 
 
-def stage_table(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The stages of `Stats.as_dict()` as lines of text."""
+def stage_table(stages: Mapping[str, StageStats]) -> list[str]:
+    """The stages as lines of text."""
     out = [f"{'stage':<8}{'count':>8}{'GB':>9}{'busy s':>9}{'busy':>6}{'wait':>6}{'rate':>14}{'ceiling':>9}  waits for"]
     for name, stage in stages.items():
-        share = stage["ceiling_share"]
+        share = stage.ceiling_share
         out.append(
-            f"{name:<8}{stage['count']:>8}{stage['bytes'] / 1e9:>9.2f}{stage['busy_s']:>9.3f}"
-            f"{stage['busy_share']:>6.0%}{1 - stage['busy_share'] if stage['count'] else 0:>6.0%}"
-            f"{rate_text(name, stage['rate']):>14}"
-            f"{'-' if share is None else f'{share:.0%}':>9}  {causes_text(stage['waiting_for'])}"
+            f"{name:<8}{stage.count:>8}{stage.bytes / 1e9:>9.2f}{stage.busy_s:>9.3f}"
+            f"{stage.busy_share:>6.0%}{1 - stage.busy_share if stage.count else 0:>6.0%}"
+            f"{rate_text(name, stage.rate):>14}"
+            f"{'-' if share is None else f'{share:.0%}':>9}  {causes_text(stage.waiting_for)}"
         )
     return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from typing import cast
 
@@ -74,8 +73,8 @@ def simulate(
     device.allocate(chunk_rows, num_streams)
     workers = _PlanWorkers(device, rates)
     executor = Executor(device, workers, shape, dtype, num_streams)
-    source = _Rows(workers, "fill", source_pinned, chunk_rows, in_features, dtype)
-    target = _Rows(workers, "drain", out_pinned, chunk_rows, out_features, dtype)
+    source = _Rows(workers, "fill", np.empty((chunk_rows, in_features), dtype.carrier) if source_pinned else None)
+    target = _Rows(workers, "drain", np.empty((chunk_rows, out_features), dtype.carrier) if out_pinned else None)
     recorder = Recorder("plan")
     done: list[tuple[float, int]] = [(0.0, 0)]
 
@@ -158,19 +157,15 @@ class _PlanWorkers:
 
 
 class _Rows:
-    """Rows that a chunk is read from or written to, without data: a copy only tells the workers how much it is."""
+    """Rows that a chunk is read from or written to, without data: a copy only tells the workers how much it is. `array`
+    is the memory itself where that is pinned."""
 
-    def __init__(self, workers: _PlanWorkers, stage: str, pinned: bool, rows: int, features: int, dtype: DType) -> None:
-        self._workers, self._stage = workers, stage
-        self._memory = np.empty((rows, features), dtype.carrier)
-        self._pinned = pinned
-        self.array: HostArray | None = self._memory if pinned else None
+    def __init__(self, workers: _PlanWorkers, stage: str, array: HostArray | None) -> None:
+        self._workers, self._stage, self.array = workers, stage, array
 
     def first(self, rows: int) -> _Rows:
         """The same for a chunk of `rows` rows."""
-        part = copy(self)
-        part.array = self._memory[:rows] if self._pinned else None
-        return part
+        return _Rows(self._workers, self._stage, None if self.array is None else self.array[:rows])
 
     def fill(self, first: int, piece: HostArray) -> Job:
         def tell() -> None:

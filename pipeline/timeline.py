@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipeline.instrument import STAGES, Interval, Recorder, merged, overlap_s
+from pipeline.instrument import STAGES, Interval, Recorder, merged
 
 Spans = list[tuple[float, float]]
 
@@ -68,6 +68,11 @@ class DeviceUse:
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
         return asdict(self)
+
+    def hidden_texts(self) -> list[str]:
+        """The two shares in words, those that there are."""
+        shares = (("kernel time", "copies", self.kernel_hidden_share), ("copy time", "kernels", self.copy_hidden_share))
+        return [f"{what} hidden behind {behind}: {share:.1%}" for what, behind, share in shares if share is not None]
 
 
 def from_recorders(recorders: Sequence[Recorder], start_s: float, hardware: dict[str, str] | None = None) -> Timeline:
@@ -162,18 +167,19 @@ def _bytes_inside(interval: Interval, window: tuple[float, float]) -> float:
 
 def _causes(gaps: Spans, others: Sequence[tuple[str, Spans]]) -> dict[str, float]:
     causes: dict[str, float] = {}
+    left_s = total_s(gaps)
     for stage, at_work in others:
-        found = overlap_s(gaps, at_work)
-        if found > 0:
-            causes[CAUSES[stage]] = causes.get(CAUSES[stage], 0.0) + found
-            gaps = difference(gaps, at_work)
-    rest = total_s(gaps)
-    return {**causes, HOST: rest} if rest > 0 else causes
+        gaps = difference(gaps, at_work)
+        rest_s = total_s(gaps)
+        if rest_s < left_s:
+            causes[CAUSES[stage]] = causes.get(CAUSES[stage], 0.0) + left_s - rest_s
+        left_s = rest_s
+    return {**causes, HOST: left_s} if left_s > 0 else causes
 
 
 def _hidden(spans: Spans, behind: Spans) -> float | None:
-    busy = total_s(spans)
-    return overlap_s(spans, behind) / busy if busy > 0 else None
+    busy_s = total_s(spans)
+    return total_s(intersection(spans, behind)) / busy_s if busy_s > 0 else None
 
 
 def total_s(spans: Spans) -> float:
@@ -249,12 +255,7 @@ def use_lines(timeline: Timeline) -> list[str]:
                     f"{1 - lane.busy_share:>9.1%}{lane.longest_wait_s * 1e3:>7.2f} ms  "
                     f"{causes_text(lane.waiting_shares)}"
                 )
-        for what, behind, share in (
-            ("kernel time", "copies", use.kernel_hidden_share),
-            ("copy time", "kernels", use.copy_hidden_share),
-        ):
-            if share is not None:
-                out.append(f"  {what} hidden behind {behind}: {share:.1%}")
+        out += [f"  {text}" for text in use.hidden_texts()]
     if timeline.unassigned:
         out.append(f"{timeline.unassigned:,} copies and kernels lie outside the pipeline's ranges and are left out")
     if timeline.dropped:
@@ -264,8 +265,5 @@ def use_lines(timeline: Timeline) -> list[str]:
 
 def causes_text(shares: Mapping[str, float]) -> str:
     """`bus 61%, host 39%`: what a lane waited for, by shares of its waiting time; a dash where it didn't wait."""
-    return ", ".join(f"{cause} {share:.0%}" for cause, share in by_size(shares) if share >= 0.005) or "-"
-
-
-def by_size(shares: Mapping[str, float]) -> list[tuple[str, float]]:
-    return sorted(shares.items(), key=lambda item: -item[1])
+    by_size = sorted(shares.items(), key=lambda item: -item[1])
+    return ", ".join(f"{cause} {share:.0%}" for cause, share in by_size if share >= 0.005) or "-"

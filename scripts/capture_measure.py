@@ -156,12 +156,12 @@ def measure_machine(torch: Any) -> dict[str, Any]:
     """What pipeline.plan.Machine needs, as far as this process can measure it."""
     pinned = torch.zeros(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     device = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    precisions = {"fp32": "fp32", "ieee": "ieee", "tf32": "tf32", "bfloat16": "bfloat16", "float16": "float16"}
+    precisions = ("fp32", "ieee", "tf32", "bfloat16", "float16")
     return {
         "h2d_gb_per_s": one_way(torch, pinned, device, True),
         "d2h_gb_per_s": one_way(torch, pinned, device, False),
         "duplex_gb_per_s": {"1": duplex(torch)},
-        "kernel_tflops": {name: kernel_rate(torch, p, (1024, 8192, 8192), "layer") for name, p in precisions.items()},
+        "kernel_tflops": {name: kernel_rate(torch, name, (1024, 8192, 8192), "layer") for name in precisions},
         "copy_gb_per_s": host_copies(torch),
     }
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Compares what `pipeline plan` predicts with what was measured: every run recorded in profiles/, and the error.
+"""Compares what `pipeline plan` predicts with what was measured: runs recorded in profiles/, and the error.
 
-Each is predicted from the ceilings measured in the same record, since machines drift from day to day.
+They are the runs of `scripts/capture`, of `scripts/bench file`, and of `scripts/bench stream` as it wrote them up to
+commit 0351fdf. Where a record has ceilings, its runs are predicted from those, since machines drift from day to day.
 """
 
 from __future__ import annotations
@@ -30,10 +31,7 @@ class Case:
 
 
 def measured_cases(document: dict[str, Any], machine: Machine) -> list[Case]:
-    """The runs in a record of `scripts/bench stream`, `scripts/bench file` or `scripts/capture`.
-
-    The machine's rates are replaced by those that were measured in the same record, since they drift from day to day.
-    """
+    """The runs in a record of one of the benches above, on the machine with the ceilings of that record."""
     if document["bench"] == "plan":
         return [
             Case(

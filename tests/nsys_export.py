@@ -35,13 +35,13 @@ PROCESS = 0x11A4000000000000 >> 16 << 16 | 0x2B000000  # globalPid: the lower 24
 class Export:
     """Collects ranges and operations of a made-up report; times in nanoseconds."""
 
-    def __init__(self, path: Path, *, domain: str = "pipeline", named: bool = True) -> None:
+    def __init__(self, path: Path, *, named: bool = True) -> None:
         self._database = sqlite3.connect(path)
         self._database.executescript(_SCHEMA)
         self._strings: dict[str, int] = {}
         self._correlations = count(1)
         if named:
-            self._nvtx(0, None, 75, domain, 1, None, PROCESS)
+            self._nvtx(0, None, 75, "pipeline", 1, None, PROCESS)
         self._insert("TARGET_INFO_GPU", vmId=0, id=0, name="NVIDIA H200")
         self._insert("TARGET_INFO_GPU", vmId=0, id=1, name="NVIDIA H200")
 

@@ -122,8 +122,10 @@ arguments = sys.argv[1:]
 out = arguments[arguments.index("-o") + 1]
 if arguments[0] == "profile":
     command = arguments[arguments.index(out) + 1:]
+    options = []
     while command[0].startswith("--"):
-        command = command[2:]
+        options, command = options + command[:2], command[2:]
+    open(out + ".options", "w").write(" ".join(options))
     open(out + {suffix!r}, "w").close()
     sys.exit(subprocess.run(command).returncode)
 shutil.copy({report!r}, out)
@@ -146,6 +148,7 @@ def test_record_runs_the_command_and_exports(tmp_path: Path, monkeypatch: pytest
     command = [sys.executable, "-c", f"open({str(mark)!r}, 'w')"]
     report = nsys.record(command, tmp_path / "run", delay_s=0.5, duration_s=2.0)
     assert mark.exists() and report == tmp_path / "run.sqlite"
+    assert (tmp_path / "run.options").read_text() == "--delay 0.5 --duration 2.0 --kill none"
     assert set(nsys.read_report(report).devices) == {"cuda:0"}
 
 
