@@ -1,5 +1,5 @@
-// Splits fp32 rows into scaled fp16 pairs for fused_linear_split_sm90, which says what they are, and lists the rows
-// that pairs can't hold well enough.
+// Splits fp32 rows into scaled fp16 pairs, the operands of fused_linear_split_sm90 and _sm80 (operands.cuh says what
+// they are), and lists the rows that pairs can't hold well enough.
 //
 //   v (rows, columns) fp32, row-major, v and its row stride multiples of 16 bytes.
 //   parts (rows, 64 ceil(columns / 32)) fp16: for each 32 elements 32 high parts, then 32 low ones; zeros past the
@@ -104,7 +104,7 @@ struct SplitRows {
     for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
       const float* v = args.v + row * args.v_stride;
       unsigned bits = 0;  // magnitudes are ordered as their bits are; NaN is above infinity
-      float values[kWidth];
+      alignas(16) float values[kWidth];
       for (int i = threadIdx.x * kWidth; i < args.columns; i += kNumThreads * kWidth) {
         load(values, v, i, args.columns);
 #pragma unroll
