@@ -87,6 +87,7 @@ struct pool {
   pthread_cond_t work, finished;
   job *first, *last;    // queued
   atomic_llong queued;  // grains nobody has taken: what idle workers look at
+  int sleeping;         // workers that wait for `work`
   int waiting;          // threads in host_copy_wait
   int pending;          // jobs that aren't done
   int closing;
@@ -99,7 +100,7 @@ struct pool {
 enum { kGrainBytes = 256 << 10 };                // copies: small enough to share a piece, large enough for the bus
 static const int64_t kFileGrainBytes = 1 << 20;  // of one system call
 static const int64_t kHugePageBytes = 2 << 20;   // of x86-64, and of ARM with pages of 4 KiB
-static const int kSpins = 1000;                  // some 50 us: as long as a sleeping thread takes to wake up
+static const int64_t kSpinNs = 200000;           // as long as the bus takes for a piece: until the next job comes
 
 static int64_t now_ns(void) {
   struct timespec t;
@@ -254,16 +255,37 @@ static void end_job(job* j) {
   pthread_mutex_unlock(&p->lock);
 }
 
+// Waits actively, for a while, until there are grains.
+static void spin(pool* p) {
+  int64_t until = 0;
+  for (int i = 0; !atomic_load_explicit(&p->queued, memory_order_relaxed); i++) {
+    if (i % 64 == 0) {
+      int64_t now = now_ns();
+      if (!until) until = now + kSpinNs;
+      if (now > until) return;
+    }
+    relax();
+  }
+}
+
+// NOTE: waking a thread takes microseconds of the one that wakes it. So each wakes one at most, after it has left the
+// lock: whoever submits wakes one worker, and a worker that leaves grains behind wakes the next.
 static void* work(void* argument) {
   char scratch[kGrainBytes];
   pool* p = argument;
   for (;;) {
-    for (int i = 0; i < kSpins && !atomic_load_explicit(&p->queued, memory_order_relaxed); i++) relax();
+    spin(p);
     int64_t grain = 0;
     pthread_mutex_lock(&p->lock);
     job* j;
-    while (!(j = take_grain(p, &grain)) && !p->closing) pthread_cond_wait(&p->work, &p->lock);
+    while (!(j = take_grain(p, &grain)) && !p->closing) {
+      p->sleeping++;
+      pthread_cond_wait(&p->work, &p->lock);
+      p->sleeping--;
+    }
+    int wake = p->first && p->sleeping;
     pthread_mutex_unlock(&p->lock);
+    if (wake) pthread_cond_signal(&p->work);
     if (!j) return NULL;
     run_grain(j, grain, scratch);
     if (atomic_fetch_sub(&j->left, 1) == 1) end_job(j);
@@ -290,7 +312,13 @@ pool* host_copy_open(int workers, int isa) {
   pool* p = calloc(1, sizeof *p + (size_t)workers * sizeof p->threads[0]);
   if (!p) return NULL;
   p->isa = best_instructions(isa);
-  pthread_mutex_init(&p->lock, NULL);
+  pthread_mutexattr_t kind;
+  pthread_mutexattr_init(&kind);
+#ifdef __GLIBC__
+  pthread_mutexattr_settype(&kind, PTHREAD_MUTEX_ADAPTIVE_NP);  // spins a little: the lock is never held for long
+#endif
+  pthread_mutex_init(&p->lock, &kind);
+  pthread_mutexattr_destroy(&kind);
   pthread_cond_init(&p->work, NULL);
   pthread_cond_init(&p->finished, NULL);
   sigset_t all, before;
@@ -333,12 +361,9 @@ int host_copy_submit(pool* p, job* j, const host_copy_request* request) {
   p->last = j;
   p->pending++;
   atomic_fetch_add(&p->queued, j->grains);
-  if (j->grains == 1) {
-    pthread_cond_signal(&p->work);
-  } else {
-    pthread_cond_broadcast(&p->work);
-  }
+  int wake = p->sleeping;
   pthread_mutex_unlock(&p->lock);
+  if (wake) pthread_cond_signal(&p->work);
   return 0;
 }
 

@@ -18,6 +18,7 @@ CHUNK_BYTES = 32 * MIB  # of the wider of a chunk's two sides
 # NOTE: with 4, chunks fall into step, all loading and then all unloading, and lose overlap: 0.73 to 0.97 of the duplex
 # PCIe ceiling from run to run, against 0.96 with 6 (H200, pinned to pinned, 4096 -> 4096, tf32). 8 add nothing.
 DEFAULT_STREAMS = 6
+FEWEST_ROWS = 256  # of a chunk that wasn't asked for: a kernel on fewer leaves multiprocessors idle
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,10 @@ class Staging:
     def default(cls) -> Staging:
         """What suits most machines.
 
-        8 MiB and 6 pieces: a ring that stays in the last-level cache. Workers: all cores but two, one for the loop
+        8 MiB and 4 pieces: a ring that stays in the last-level cache. Workers: all cores but two, one for the loop
         and one for everybody else; at least 1, at most 16.
         """
-        return cls(8 * MIB, 6, min(16, max(1, cores() - 2)), origin="defaults")
+        return cls(8 * MIB, 4, min(16, max(1, cores() - 2)), origin="defaults")
 
     @classmethod
     def chosen(cls, found: Staging | None = None) -> Staging:
@@ -183,6 +184,11 @@ def native_copy() -> bool:
 def auto_chunk_rows(row_bytes: int) -> int:
     """Rows of a chunk of about 32 MiB, a multiple of 128 between 128 and 65,536; `row_bytes` is its wider side's."""
     return int(min(65_536, max(128, CHUNK_BYTES // row_bytes // 128 * 128)))
+
+
+def first_chunk_rows(chunk_rows: int) -> int:
+    """Rows of the first and the last chunk where chunks of `chunk_rows` were chosen by themselves (see RangeFeed)."""
+    return min(chunk_rows, max(FEWEST_ROWS, chunk_rows // 4 // 128 * 128))
 
 
 def debug() -> bool:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -242,8 +241,7 @@ class Executor:
         else:
             assert not isinstance(flight.source, DeviceRows) and flight.source.array is not None
             memory = flight.source.array
-        with self._calling("H2D", flight.chunk):
-            operation = self.device.upload(flight.slot, first, memory)
+        operation = self._call("H2D", flight.chunk, self.device.upload, flight.slot, first, memory)
         self._queue(self._uploading, flight, operation, first, rows, piece)
         flight.uploaded += rows
         if flight.uploaded == flight.chunk.rows:
@@ -265,8 +263,7 @@ class Executor:
         chunk = flight.chunk
         source = flight.source if isinstance(flight.source, DeviceRows) else None
         target = flight.target if isinstance(flight.target, DeviceRows) else None
-        with self._calling("kernel", chunk):
-            operation = self.device.compute(flight.slot, chunk.rows, chunk.row, source, target)
+        operation = self._call("kernel", chunk, self.device.compute, flight.slot, chunk.rows, chunk.row, source, target)
         self._queue(self._running, flight, operation, 0, chunk.rows, None)
         flight.computed = True
 
@@ -297,8 +294,7 @@ class Executor:
                     memory = self.ring_out.rows(piece, rows)
                 else:
                     return moved
-                with self._calling("D2H", flight.chunk):
-                    operation = self.device.download(flight.slot, first, memory)
+                operation = self._call("D2H", flight.chunk, self.device.download, flight.slot, first, memory)
                 self._queue(self._downloading, flight, operation, first, rows, piece)
                 flight.download_started += rows
                 moved = True
@@ -348,15 +344,14 @@ class Executor:
         self._queue(lane, flight, self.workers.submit(job), first, rows, piece)
         lane[-1].range = begun
 
-    @contextmanager
-    def _calling(self, stage: str, chunk: Chunk) -> Iterator[None]:
-        """A call of the device: in an NVTX range, and what it raises gets a note of the chunk and the stage."""
-        with self._ranges(stage, chunk.index):
-            try:
-                yield
-            except Exception as error:
-                _noted(error, stage, chunk)
-                raise
+    def _call(self, stage: str, chunk: Chunk, queue: Callable[..., Operation], *arguments: Any) -> Operation:
+        """Call the device, in an NVTX range; what it raises gets a note of the chunk and the stage."""
+        try:
+            with self._ranges(stage, chunk.index):
+                return queue(*arguments)
+        except Exception as error:
+            _noted(error, stage, chunk)
+            raise
 
     def _queue(
         self, lane: Lane, flight: _Flight, operation: Operation, first: int, rows: int, piece: int | None

@@ -89,11 +89,12 @@ class StageTotals:
     def add(self, interval: Interval) -> None:
         self.count += 1
         self.bytes += interval.bytes
-        self.busy_s += max(0.0, interval.end_s - max(interval.start_s, self._busy_until_s))
-        self._busy_until_s = max(self._busy_until_s, interval.end_s)
+        if interval.end_s > self._busy_until_s:
+            self.busy_s += interval.end_s - max(interval.start_s, self._busy_until_s)
+            self._busy_until_s = interval.end_s
 
 
-KEPT = 2_000  # operations of a device that every run keeps, for its report, which takes 3 us for each
+KEPT = 500  # operations of a device that every run keeps, for its report, which takes 3 us for each
 KEPT_FOR_TRACE = 200_000
 
 

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from pipeline.instrument import STAGES, Interval, Recorder, merged
 
 Spans = list[tuple[float, float]]
+Array = npt.NDArray[Any]
 
 # What a lane waits for, by the lane that is at work meanwhile. With none at work, it is the host's own code.
 CAUSES = {"fill": "fill", "H2D": "bus", "kernel": "kernel", "D2H": "bus", "drain": "drain"}
 HOST = "host"
-_ENGINES = ("H2D", "kernel", "D2H")
 
 
 @dataclass(frozen=True)
@@ -80,29 +83,8 @@ def from_recorders(recorders: Sequence[Recorder], start_s: float, hardware: dict
     devices = {}
     for recorder in recorders:
         operations = [Interval(stage, c, t0 - start_s, t1 - start_s, n) for stage, c, t0, t1, n in recorder.intervals]
-        devices[recorder.device] = one_at_a_time(operations)
+        devices[recorder.device] = sorted(operations, key=lambda i: i.start_s)
     return Timeline(devices, hardware=hardware or {}, dropped=sum(recorder.dropped for recorder in recorders))
-
-
-def one_at_a_time(operations: Sequence[Interval]) -> list[Interval]:
-    """The operations with those of an engine one after the other, as engines work.
-
-    NOTE: a CUDA event fires when its stream reaches it, so the start of a copy or a kernel is when it could have begun,
-    while its engine may still be at work for another stream. It began when that work ended.
-    """
-    out: list[Interval] = []
-    for stage in STAGES:
-        mine = [i for i in operations if i.stage == stage]
-        if stage not in _ENGINES:
-            out.extend(sorted(mine, key=lambda i: i.start_s))
-            continue
-        free_s = float("-inf")
-        for interval in sorted(mine, key=lambda i: i.end_s):
-            if interval.start_s < free_s:
-                interval = Interval(stage, interval.chunk, min(interval.end_s, free_s), interval.end_s, interval.bytes)
-            out.append(interval)
-            free_s = interval.end_s
-    return out
 
 
 def spans_of(operations: Sequence[Interval], stages: Sequence[str]) -> Spans:
@@ -137,24 +119,39 @@ def device_use(operations: Sequence[Interval], window: tuple[float, float] | Non
     for interval in operations:
         if interval.end_s > window[0] and interval.start_s < window[1]:
             mine[interval.stage].append(interval)
-    spans = {stage: intersection(merged([i[2:4] for i in each]), [window]) for stage, each in mine.items()}
-    seconds = window[1] - window[0]
-    busy = {stage: total_s(each) for stage, each in spans.items()}
+    # The window is cut wherever an operation starts or ends: within a moment, lanes are either at work or not.
+    starts, ends = (
+        {stage: np.clip([i[field] for i in each], *window) for stage, each in mine.items()} for field in (2, 3)
+    )
+    cuts = np.unique(np.concatenate([window, *starts.values(), *ends.values()]))
+    seconds = np.diff(cuts)
+    at_work = {stage: _covered(cuts, starts[stage], ends[stage]) for stage in STAGES}
+    busy = {stage: float(seconds[at_work[stage]].sum()) for stage in STAGES}
     by_use = sorted(STAGES, key=lambda stage: -busy[stage])
+    whole_s = window[1] - window[0]
     lanes = {}
     for stage in STAGES:
-        gaps = difference([window], spans[stage])
+        still = ~at_work[stage]
+        begins, stops = np.flatnonzero(np.diff(still, prepend=False, append=False)).reshape(-1, 2).T
         lanes[stage] = LaneUse(
             count=len(mine[stage]),
             bytes=round(sum(_bytes_inside(i, window) for i in mine[stage])),
             busy_s=busy[stage],
-            busy_share=busy[stage] / seconds if seconds > 0 else 0.0,
-            waiting_s=total_s(gaps),
-            waiting_for=_causes(gaps, [(other, spans[other]) for other in by_use if other != stage]),
-            longest_wait_s=max((end - start for start, end in gaps), default=0.0),
+            busy_share=busy[stage] / whole_s if whole_s > 0 else 0.0,
+            waiting_s=float(seconds[still].sum()),
+            waiting_for=_causes(seconds, still, [(other, at_work[other]) for other in by_use if other != stage]),
+            longest_wait_s=float((cuts[stops] - cuts[begins]).max(initial=0.0)),
         )
-    copies = merged(spans["H2D"] + spans["D2H"])
-    return DeviceUse(*window, lanes, _hidden(spans["kernel"], copies), _hidden(copies, spans["kernel"]))
+    copies, kernels = at_work["H2D"] | at_work["D2H"], at_work["kernel"]
+    return DeviceUse(*window, lanes, _hidden(seconds, kernels, copies), _hidden(seconds, copies, kernels))
+
+
+def _covered(cuts: Array, starts: Array, ends: Array) -> Array:
+    """Which of the moments between cuts lie within a span."""
+    change = np.zeros(len(cuts), int)
+    np.add.at(change, np.searchsorted(cuts, starts), 1)
+    np.add.at(change, np.searchsorted(cuts, ends), -1)
+    return change.cumsum()[:-1] > 0
 
 
 def _bytes_inside(interval: Interval, window: tuple[float, float]) -> float:
@@ -165,59 +162,25 @@ def _bytes_inside(interval: Interval, window: tuple[float, float]) -> float:
     return interval.bytes * (min(end_s, window[1]) - max(start_s, window[0])) / (end_s - start_s)
 
 
-def _causes(gaps: Spans, others: Sequence[tuple[str, Spans]]) -> dict[str, float]:
+def _causes(seconds: Array, still: Array, others: Sequence[tuple[str, Array]]) -> dict[str, float]:
     causes: dict[str, float] = {}
-    left_s = total_s(gaps)
     for stage, at_work in others:
-        gaps = difference(gaps, at_work)
-        rest_s = total_s(gaps)
-        if rest_s < left_s:
-            causes[CAUSES[stage]] = causes.get(CAUSES[stage], 0.0) + left_s - rest_s
-        left_s = rest_s
+        waited_s = float(seconds[still & at_work].sum())
+        if waited_s > 0:
+            causes[CAUSES[stage]] = causes.get(CAUSES[stage], 0.0) + waited_s
+        still = still & ~at_work
+    left_s = float(seconds[still].sum())
     return {**causes, HOST: left_s} if left_s > 0 else causes
 
 
-def _hidden(spans: Spans, behind: Spans) -> float | None:
-    busy_s = total_s(spans)
-    return total_s(intersection(spans, behind)) / busy_s if busy_s > 0 else None
+def _hidden(seconds: Array, busy: Array, behind: Array) -> float | None:
+    busy_s = seconds[busy].sum()
+    return float(seconds[busy & behind].sum() / busy_s) if busy_s > 0 else None
 
 
 def total_s(spans: Spans) -> float:
     """Seconds in a merged span list."""
     return sum(end - start for start, end in spans)
-
-
-def intersection(a: Spans, b: Spans) -> Spans:
-    """What two merged span lists have in common."""
-    out: Spans = []
-    i = j = 0
-    while i < len(a) and j < len(b):
-        start, end = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
-        if start < end:
-            out.append((start, end))
-        if a[i][1] < b[j][1]:
-            i += 1
-        else:
-            j += 1
-    return out
-
-
-def difference(a: Spans, b: Spans) -> Spans:
-    """What is in merged span list `a` and not in `b`."""
-    out: Spans = []
-    j = 0
-    for start, end in a:
-        while j < len(b) and b[j][1] <= start:
-            j += 1
-        k = j
-        while k < len(b) and b[k][0] < end:
-            if start < b[k][0]:
-                out.append((start, b[k][0]))
-            start = max(start, b[k][1])
-            k += 1
-        if start < end:
-            out.append((start, end))
-    return out
 
 
 def lanes_of(operations: Sequence[Interval], stage: str) -> list[list[Interval]]:

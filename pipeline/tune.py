@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import statistics
 import tempfile
 import time
 import warnings
@@ -28,10 +29,10 @@ from pipeline.io.native import workers_kind
 from pipeline.measure import RING_BYTES, Copies
 
 PAYS_BYTES = 8 * GIB  # a run that moves as much, in and out together, may start with a measurement
-_BUDGET_S, _TRIAL_S = 1.0, 0.02
-_ROUNDS = 2
-_BETTER = 1.03  # by less than that, trials differ from each other: what suits most machines stays
-_RINGS = ((8, 6), (8, 4), (8, 8), (4, 6), (4, 12), (2, 12), (12, 5), (16, 4))  # MiB a piece, pieces each way
+_BUDGET_S, _TRIAL_S = 1.5, 0.03
+_ROUNDS = 3
+_BETTER = 1.05  # by less than that, trials differ from each other: what suits most machines stays
+_RINGS = ((8, 4), (8, 6), (4, 8), (4, 12), (2, 12), (16, 4))  # MiB a piece, pieces each way
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def search(rate: Callable[[Staging], float], first: Staging, time_left: Callable
     `first` is tried in any case, and stays where nothing is better by more than trials differ.
     """
     most = cores()
-    counts = {first.workers: None} | dict.fromkeys(max(1, n) for n in (most - 1, most - 3, most * 3 // 4, most // 2))
+    counts = {first.workers: None} | dict.fromkeys(max(1, n) for n in (most - 1, most * 3 // 4, most // 2))
     best, _ = _best([replace(first, workers=n) for n in counts], rate, time_left)
     rings = {(first.piece_bytes, first.ring_pieces): None} | {(mib * MIB, pieces): None for mib, pieces in _RINGS}
     candidates = [replace(best, piece_bytes=size, ring_pieces=pieces) for size, pieces in rings]
@@ -139,19 +140,20 @@ def search(rate: Callable[[Staging], float], first: Staging, time_left: Callable
 def _best(
     candidates: list[Staging], rate: Callable[[Staging], float], time_left: Callable[[], bool]
 ) -> tuple[Staging, float]:
-    """The best by its worst round, so that one lucky trial doesn't win. A round that the time cuts short counts where
-    no candidate had a whole one; what wasn't tried can't win."""
+    """The best by the median of its rounds: a trial that something else on the machine held up doesn't count, nor does
+    a lucky one. A round that the time cuts short counts where no candidate had a whole one; what wasn't tried can't
+    win."""
     rates: list[list[float]] = [[] for _ in candidates]
     for number in range(_ROUNDS):
         for candidate, found in zip(candidates, rates, strict=True):
             if (candidate is candidates[0] and number == 0) or time_left():
                 found.append(rate(candidate))
     rounds = min(len(found) for found in rates if found)
-    lowest = [min(found[:rounds], default=0.0) for found in rates]
-    winner = max(range(len(candidates)), key=lambda i: lowest[i])
-    if lowest[winner] < _BETTER * lowest[0]:
+    middle = [statistics.median(found[:rounds]) if found else 0.0 for found in rates]
+    winner = max(range(len(candidates)), key=lambda i: middle[i])
+    if middle[winner] < _BETTER * middle[0]:
         winner = 0
-    return candidates[winner], lowest[winner]
+    return candidates[winner], middle[winner]
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------

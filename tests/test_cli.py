@@ -401,7 +401,7 @@ def test_info_describes_the_machine(
     assert "cpu" in info["devices"]
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
-    assert f"cache: {tmp_path}, 1 kernels" in text and "copy workers, 6 pinned pieces of 8 MiB" in text
+    assert f"cache: {tmp_path}, 1 kernels" in text and "copy workers, 4 pinned pieces of 8 MiB" in text
 
 
 class FakeLauncher:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from pipeline import Pipeline
 from pipeline.instrument import RUN, STAGES, Ranges, Recorder, merged
 from pipeline.report import bound, stage_stats
-from pipeline.timeline import intersection, total_s
 
 # Whole seconds, so that sums are exact.
 spans = st.lists(
@@ -33,12 +32,6 @@ def test_merged_is_the_union_in_order(a: list[tuple[float, float]]) -> None:
     union = merged(a)
     assert all(x[1] < y[0] for x, y in pairwise(union))
     assert sum(end - start for start, end in union) == seconds_covered(a)
-
-
-@given(spans, spans)
-def test_overlap_counts_what_both_have(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> None:
-    one, other = merged(a), merged(b)
-    assert total_s(intersection(one, other)) == total_s(intersection(other, one)) == seconds_covered(a, b)
 
 
 @given(spans)

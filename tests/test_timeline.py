@@ -12,17 +12,13 @@ from hypothesis import strategies as st
 
 from pipeline import Pipeline
 from pipeline.devices.sim import Hardware, SimDevice
-from pipeline.instrument import STAGES, Interval, Recorder, merged
+from pipeline.instrument import STAGES, Interval, Recorder
 from pipeline.timeline import (
     Timeline,
     device_use,
-    difference,
     from_recorders,
-    intersection,
     lanes_of,
-    one_at_a_time,
     steady_window,
-    total_s,
     use_lines,
 )
 
@@ -45,16 +41,6 @@ operations = st.lists(
 
 def seconds_of(spans: list[tuple[float, float]]) -> set[int]:
     return {second for start, end in spans for second in range(int(start), int(end))}
-
-
-@given(spans, spans)
-def test_difference_and_intersection_split_a_span_list(
-    a: list[tuple[float, float]], b: list[tuple[float, float]]
-) -> None:
-    a, b = merged(a), merged(b)
-    assert seconds_of(difference(a, b)) == seconds_of(a) - seconds_of(b)
-    assert seconds_of(intersection(a, b)) == seconds_of(a) & seconds_of(b)
-    assert total_s(a) == total_s(difference(a, b)) + total_s(intersection(a, b))
 
 
 @given(operations)
@@ -81,27 +67,6 @@ def test_use_hidden_shares_are_those_of_the_seconds(given_operations: list[Inter
         (use.copy_hidden_share, copies, kernel),
     ):
         assert share == (pytest.approx(len(ours & theirs) / len(ours)) if ours else None)
-
-
-@given(operations)
-def test_engines_do_one_thing_at_a_time(given_operations: list[Interval]) -> None:
-    put_right = one_at_a_time(given_operations)
-    assert len(put_right) == len(given_operations)
-    for stage in ("H2D", "kernel", "D2H"):
-        mine = [i for i in put_right if i.stage == stage]
-        assert all(a.end_s <= b.start_s or b.start_s == b.end_s for a, b in pairwise(mine))
-        before = merged([i[2:4] for i in given_operations if i.stage == stage])
-        after = merged([i[2:4] for i in mine if i.end_s > i.start_s])
-        assert seconds_of(after) <= seconds_of(before)
-        in_order = all(a.end_s <= b.end_s for a, b in pairwise(i for i in given_operations if i.stage == stage))
-        if in_order and [i for i in given_operations if i.stage == stage] == sorted(
-            (i for i in given_operations if i.stage == stage), key=lambda i: i.start_s
-        ):
-            assert seconds_of(after) == seconds_of(before), "a queue's busy time stays the same"
-    for stage in ("fill", "drain"):
-        assert sorted(i for i in put_right if i.stage == stage) == sorted(
-            i for i in given_operations if i.stage == stage
-        )
 
 
 @given(operations)

@@ -40,6 +40,7 @@ class _EventPool:
         self._free: deque[Any] = deque()
         self._all: list[Any] = []
         self._stream = stream
+        self._record = driver().cuEventRecord
         self.base, self.base_s = self._new_base()
 
     def _create(self) -> Any:
@@ -48,14 +49,22 @@ class _EventPool:
         return event
 
     def _new_base(self) -> tuple[Any, float]:
-        event = self._create()
-        call("cuEventRecord", event, self._stream)
-        call("cuEventSynchronize", event)
-        return event, time.perf_counter()
+        """An event and its time on the host's clock: of some, the one that two readings of the clock enclose best."""
+        found = []
+        for _ in range(5):
+            event, before_s = self._create(), time.perf_counter()
+            call("cuEventRecord", event, self._stream)
+            call("cuEventSynchronize", event)
+            after_s = time.perf_counter()
+            found.append((after_s - before_s, event, (before_s + after_s) / 2))
+        _, event, event_s = min(found, key=lambda each: each[0])
+        return event, event_s
 
     def record(self, stream: Any) -> Any:
         event = self._free.popleft() if self._free else self._create()
-        call("cuEventRecord", event, stream)
+        (code,) = self._record(event, stream)
+        if code != 0:
+            raise call_error("cuEventRecord", code)
         return event
 
     def release(self, *events: Any) -> None:
@@ -83,28 +92,33 @@ class _EventPool:
 
 
 class _CudaOperation:
-    """Work between two timing events on a stream. `what` goes into error messages."""
+    """Work on a stream, up to an event behind it. `what` goes into error messages.
 
-    def __init__(self, pool: _EventPool, start: Any, end: Any, what: str) -> None:
-        self._pool, self._start, self._end, self._what = pool, start, end, what
+    It started when it was queued, or when the last of `before` ended: what its stream and its engine did before it.
+    NOTE: an event before the work would tell as much, and cost the executor's loop as much again.
+    """
+
+    __slots__ = ("_base", "_base_s", "_before", "_end", "_pool", "_queued_s", "_times", "_what")
+
+    def __init__(self, pool: _EventPool, end: Any, what: str, queued_s: float, before: list[_CudaOperation]) -> None:
+        self._pool, self._end, self._what, self._queued_s, self._before = pool, end, what, queued_s, before
         self._base, self._base_s = pool.base, pool.base_s
-        self._query, self._not_ready = driver().cuEventQuery, driver().CUresult.CUDA_ERROR_NOT_READY
         self._times: tuple[float, float] | None = None
 
     def done(self) -> bool:
         if self._times is not None:
             return True
-        (code,) = self._query(self._end)
-        if code == self._not_ready:
+        api = driver()
+        (code,) = api.cuEventQuery(self._end)
+        if code == api.CUresult.CUDA_ERROR_NOT_READY:
             return False
         if code != 0:
             raise call_error(self._what, code)
-        elapsed = self._pool.elapsed_s
-        self._times = (
-            self._base_s + elapsed(self._base, self._start),
-            self._base_s + elapsed(self._base, self._end),
-        )
-        self._pool.release(self._start, self._end)
+        end_s = self._base_s + self._pool.elapsed_s(self._base, self._end)
+        starts = [self._queued_s] + [before.times()[1] for before in self._before if before.done()]
+        self._times = (min(max(starts), end_s), end_s)
+        self._pool.release(self._end)
+        self._before = []
         return True
 
     def times(self) -> tuple[float, float]:
@@ -132,6 +146,7 @@ class CudaDevice(Device):
         self._w_split: SplitRows | None = None  # of the fp32-accurate kernel: the weights' parts
         self._x_splits: list[SplitRows] = []
         self._streams: list[Any] = []
+        self._latest: dict[str | int, _CudaOperation] = {}  # of each engine and of each slot's stream
         self._control = self._new_stream()
         self._events = _EventPool(self._control)
 
@@ -237,12 +252,15 @@ class CudaDevice(Device):
         first = address_of(rows)
         return _is_pinned(first) and _is_pinned(first + rows.nbytes - 1)
 
-    def _timed(self, slot: int, what: str, queue: Callable[[], None]) -> Operation:
-        """Queue work on the slot's stream between two timing events."""
-        stream = self._streams[slot]
-        start = self._events.record(stream)
+    def _timed(self, slot: int, engine: str, queue: Callable[[], None]) -> Operation:
+        """Queue work for an engine on the slot's stream, and an event behind it."""
+        latest, queued_s = self._latest, time.perf_counter()
         queue()
-        return _CudaOperation(self._events, start, self._events.record(stream), f"{what} on stream {slot}")
+        end, before = self._events.record(self._streams[slot]), [latest[key] for key in (engine, slot) if key in latest]
+        latest[engine] = latest[slot] = operation = _CudaOperation(
+            self._events, end, f"{engine} on stream {slot}", queued_s, before
+        )
+        return operation
 
     def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
         target = self._inputs[slot] + first * self._pitch_bytes
@@ -338,6 +356,7 @@ class CudaDevice(Device):
         self.bind()
         for stream in self._streams:
             call("cuStreamSynchronize", stream)
+        self._latest.clear()
 
     def close(self) -> None:
         """Free everything. Errors of the driver are of no use any more and are not raised: a lost GPU frees nothing."""

@@ -210,7 +210,7 @@ def _request(work: Job) -> _Request | None:
             target_stride=target.strides[0],
             source_stride=source.strides[0],
             rows=len(target),
-            length=target.shape[1] * (target.itemsize if cast == 0 else 1),
+            length=target.shape[1] * (1 if cast else target.itemsize),
         )
     rows = work.target if isinstance(work, ReadJob) else work.source
     length = rows.nbytes if cast == 0 else rows.size

@@ -33,6 +33,7 @@ class Ring:
         self.pieces = pieces
         self._allocate, self._features, self._dtype = allocate, features, dtype
         self._memory: list[HostArray] = []
+        self._pieces: list[HostArray] = []  # the same as rows
         self._free: deque[int] = deque(range(pieces))
         self._poison = poison or debug()
 
@@ -48,12 +49,14 @@ class Ring:
         """A free piece's number."""
         if not self._memory:
             self._memory = [self._allocate(self.piece_rows * self.row_bytes) for _ in range(self.pieces)]
+            shape = self.piece_rows, self._features
+            self._pieces = [memory.view(self._dtype.carrier).reshape(shape) for memory in self._memory]
         return self._free.popleft()
 
     def rows(self, piece: int, rows: int) -> HostArray:
         """The piece's first `rows` rows as an array (rows, features) in the carrier type."""
-        n_bytes = rows * self.row_bytes
-        return self._memory[piece][:n_bytes].view(self._dtype.carrier).reshape(rows, self._features)
+        whole = self._pieces[piece]
+        return whole if rows == self.piece_rows else whole[:rows]
 
     def give_back(self, piece: int) -> None:
         if self._poison:
@@ -64,7 +67,7 @@ class Ring:
         """Free the memory with `free`. Nothing may be using a piece, now or later."""
         for memory in self._memory:
             free(memory)
-        self._memory = []
+        self._memory, self._pieces = [], []
 
     def give_back_all(self) -> None:
         """Every piece is free again: after an abort, once nothing uses them any more."""
