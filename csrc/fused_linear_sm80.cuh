@@ -90,6 +90,7 @@ struct FusedLinearSm80 {
   static constexpr int kSharedBytes = kNumStages * kStageBytes;
   static constexpr int BLOCK_K = kRowBytes / sizeof(In);
   static constexpr int kSteps = Operands::kProducts;  // of 32 bytes of x and w in a k-tile: one mma's k each
+  static constexpr int kPartialTiles = 16;            // k-tiles in a partial sum, where accumulators are promoted
 
   static constexpr int WARP_M = BLOCK_M / WARPS_M;
   static constexpr int WARP_N = BLOCK_N / WARPS_N;
@@ -310,7 +311,7 @@ struct FusedLinearSm80 {
         multiply(d, fragments[step % 2]);
       }
       if constexpr (kPromoted) {
-        const bool fold = (k_tile + 1) % Operands::kPartialGroups == 0 || k_tile + 1 == k_tiles;
+        const bool fold = (k_tile + 1) % kPartialTiles == 0 || k_tile + 1 == k_tiles;
         promote(d, partial, total, fold);
       }
     }

@@ -17,6 +17,7 @@ from pipeline.kernels.select import _SHARED_BYTES, alignment, architecture, cand
 BF16 = Problem(BFLOAT16, BFLOAT16, "bfloat16", 8192, 8192)
 TF32 = Problem(FLOAT32, FLOAT32, "tf32", 8192, 8192)
 IEEE = Problem(FLOAT32, FLOAT32, "ieee", 8192, 8192)
+FP32 = Problem(FLOAT32, FLOAT32, "fp32", 8192, 8192)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,7 @@ IEEE = Problem(FLOAT32, FLOAT32, "ieee", 8192, 8192)
         (replace(BF16, in_dtype=FLOAT16, precision="float16"), "float16"),
         (TF32, "tf32"),
         (IEEE, "ieee"),
-        (replace(IEEE, precision="fp32"), "ieee"),
+        (FP32, "ieee"),
     ],
 )
 def test_runs_as_names_the_precision(problem: Problem, expected: str) -> None:
@@ -34,17 +35,16 @@ def test_runs_as_names_the_precision(problem: Problem, expected: str) -> None:
 
 
 def test_runs_as_splits_fp32_where_there_is_a_kernel() -> None:
-    fp32 = replace(IEEE, precision="fp32")
-    assert {arch: runs_as(fp32, arch) for arch in ARCHITECTURES} == {
+    assert {arch: runs_as(FP32, arch) for arch in ARCHITECTURES} == {
         arch: "fp32" if arch in ("sm_80", "sm_90a") else "ieee" for arch in ARCHITECTURES
     }
-    assert runs_as(replace(fp32, in_features=128), "sm_90a") == "fp32"
-    assert runs_as(replace(fp32, in_features=127), "sm_90a") == "ieee", "short sums gain nothing from pairs"
+    assert runs_as(replace(FP32, in_features=128), "sm_90a") == "fp32"
+    assert runs_as(replace(FP32, in_features=127), "sm_90a") == "ieee", "short sums gain nothing from pairs"
     assert runs_as(IEEE, "sm_90a") == "ieee"
     for load_bytes in (16, 4):
         for rows in (1, 100, 10_000):
-            assert select("sm_90a", fp32, rows, load_bytes).kernel == "fused_linear_split_sm90"
-            assert select("sm_80", fp32, rows, load_bytes).kernel == "fused_linear_split_sm80"
+            assert select("sm_90a", FP32, rows, load_bytes).kernel == "fused_linear_split_sm90"
+            assert select("sm_80", FP32, rows, load_bytes).kernel == "fused_linear_split_sm80"
 
 
 @pytest.mark.parametrize("side", ["in_dtype", "out_dtype"])
@@ -66,6 +66,18 @@ def test_select_gives_the_reference_layer_a_large_tile() -> None:
     assert select("sm_80", TF32, 1024, 16).description == "fused_linear_sm80<tf32, 128x256x32, 3 stages>"
     assert select("sm_86", BF16, 1024, 16).description == "fused_linear_sm80<bfloat16, 128x128x64, 3 stages>"
     assert select("sm_90a", IEEE, 1024, 16).description == "fused_linear_simt<ieee, 128x128x32, 2 stages, sums of 64>"
+
+
+def test_select_gives_the_split_kernel_the_tile_of_fewest_waves() -> None:
+    fp32 = select("sm_90a", FP32, 8192, 16)
+    assert fp32.description == "fused_linear_split_sm90<fp32, 128x168x32, 5 stages, sums of 64>"
+    short = select("sm_90a", replace(FP32, in_features=1024), 8192, 16)
+    assert short.description == "fused_linear_split_sm90<fp32, 128x168x32, 5 stages, sums of 32>"
+    widths = {rows: select("sm_90a", FP32, rows, 16).block_n for rows in (64, 256, 512, 1024, 3000, 4096, 16384)}
+    assert widths == {64: 64, 256: 128, 512: 128, 1024: 168, 3000: 168, 4096: 168, 16384: 168}
+    assert select("sm_90a", replace(FP32, in_features=4096, out_features=4096), 4096, 16).block_n == 128
+    assert select("sm_90a", replace(FP32, out_features=1024), 4096, 16).block_n == 128
+    assert "128x128x32, 6 stages, sums of 64, direct stores" in select("sm_90a", FP32, 8192, 16, 4).description
 
 
 def test_select_gives_few_rows_a_small_tile() -> None:
