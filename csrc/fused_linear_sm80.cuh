@@ -90,7 +90,6 @@ struct FusedLinearSm80 {
   static constexpr int kSharedBytes = kNumStages * kStageBytes;
   static constexpr int BLOCK_K = kRowBytes / sizeof(In);
   static constexpr int kSteps = Operands::kProducts;  // of 32 bytes of x and w in a k-tile: one mma's k each
-  static constexpr int kPartialTiles = 16;            // k-tiles in a partial sum, where accumulators are promoted
 
   static constexpr int WARP_M = BLOCK_M / WARPS_M;
   static constexpr int WARP_N = BLOCK_N / WARPS_N;
@@ -111,6 +110,7 @@ struct FusedLinearSm80 {
   static_assert(kNumStages >= 3, "one stage multiplied, one arriving, one free");
   static_assert(kSteps % 2 == 0, "fragment buffers alternate across k-tiles");
   static_assert(Operands::kPromoteEvery <= 1, "accumulators are promoted after every k-tile or never");
+  static_assert(Operands::kCompensated == (Operands::kPromoteEvery == 1), "promoted sums are compensated");
 
   // The row of w, within the tile, kept in row `r` of shared memory: column 8 j + c of a 16-wide fragment holds
   // output 4 (c / 2) + 2 j + c % 2, so the pairs that mma gives a thread join to four neighbours.
@@ -311,7 +311,7 @@ struct FusedLinearSm80 {
         multiply(d, fragments[step % 2]);
       }
       if constexpr (kPromoted) {
-        const bool fold = (k_tile + 1) % kPartialTiles == 0 || k_tile + 1 == k_tiles;
+        const bool fold = (k_tile + 1) % Operands::kPartialGroups == 0 || k_tile + 1 == k_tiles;
         promote(d, partial, total, fold);
       }
     }

@@ -14,6 +14,7 @@ struct Plain {
   using BiasElement = T;
   static constexpr int kProducts = 4;
   static constexpr int kPromoteEvery = 0;
+  static constexpr bool kCompensated = false;
   static constexpr bool kScaled = false;
   static __device__ __forceinline__ constexpr int x_step(int product) { return product; }
   static __device__ __forceinline__ constexpr int w_step(int product) { return product; }
@@ -31,13 +32,19 @@ struct Plain {
 // which adds up. So accumulators start anew every kPromoteEvery k-tiles, and their sums are added up by ordinary
 // additions, which round to nearest. The small products come first, while the accumulators are small: two truncations a
 // k-tile are left at full magnitude.
-template <int kPromoteEvery_>
+//
+// NOTE: each ordinary addition rounds the total, by 2^-25 of it on average, and most of that cancels: the error of
+// normal data grows like the square root of K. kCompensated, for long sums: ordinary additions over 512 of k only, and
+// compensated ones of those sums, which take registers for a third set of accumulators. Then it hardly depends on K.
+template <int kPromoteEvery_, bool kCompensated_ = false>
 struct SplitFp16 {
   using Element = __half;
   using BiasElement = float;
   static constexpr int kProducts = 6;
   static constexpr int kSmallProducts = 4;
   static constexpr int kPromoteEvery = kPromoteEvery_;
+  static constexpr bool kCompensated = kCompensated_;
+  static constexpr int kPartialGroups = 512 / (32 * kPromoteEvery);  // in a partial sum, if kCompensated
   static constexpr bool kScaled = true;
   // Steps 0 and 1 are high parts, 2 and 3 low ones: low x high, high x low, high x high.
   static __device__ __forceinline__ constexpr int x_step(int product) {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -65,12 +66,20 @@ class Progress:
         return self.rows_done / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Result:
-    """What a run gives back: the output, wherever it went, and the figures."""
+    """What a run gives back: `out`, the output, wherever it went, and `stats`, the figures."""
 
     out: Any
-    stats: Stats
+    _compute: Callable[[], Stats] = field(repr=False)
+
+    @functools.cached_property
+    def stats(self) -> Stats:
+        """Computed when first asked for: that may take as long as a short run."""
+        return self._compute()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"out": self.out, "stats": self.stats}
 
 
 @dataclass
@@ -242,18 +251,17 @@ class Pipeline:
                 try:
                     keep = KEPT if trace is None else KEPT_FOR_TRACE
                     exact_rows_before = self._exact_rows()
-                    rows, seconds, timeline, recorders = self._run(opened, sink, progress, threading.Event(), keep)
-                    value = sink.finish(rows)
+                    record = self._run(opened, sink, progress, threading.Event(), keep)
+                    value = sink.finish(record.rows)
                 except BaseException:
                     sink.abort()
                     raise
             finally:
                 opened.close()
-            exact_rows = self._exact_rows() - exact_rows_before
-            stats = self._stats(opened, rows, seconds, timeline, recorders, exact_rows)
+            result = Result(value, self._stats(opened, record, self._exact_rows() - exact_rows_before))
             if trace is not None:
-                write_trace(trace, timeline, stats.as_dict())
-            return Result(value, stats)
+                write_trace(trace, record.timeline(), result.stats.as_dict())
+            return result
 
     def stream(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
         """The layer's results of an iterable of batches, batch by batch and in order.
@@ -331,8 +339,8 @@ class Pipeline:
         progress: Callable[[Progress], None] | None,
         stopping: threading.Event,
         keep: int = KEPT,
-    ) -> tuple[int, float, Timeline, list[Recorder]]:
-        """Run all devices to the end of the source: rows done, seconds, what was recorded."""
+    ) -> _Record:
+        """Run all devices to the end of the source."""
         lanes = self._lanes_for(source, sink)
         self._tune(source, sink)
         recorders = [Recorder(lane.device.name, keep) for lane in lanes]
@@ -377,7 +385,7 @@ class Pipeline:
             raise errors[0]
         seconds = lanes[0].device.now() - start
         hardware = {lane.device.name: lane.device.description for lane in lanes}
-        return done.rows, seconds, from_recorders(recorders, start, hardware), recorders
+        return _Record(done.rows, start, seconds, recorders, hardware)
 
     def _tune(self, source: Source, sink: Sink) -> None:
         """Measure this machine's copies, once and where the run is large enough, and stage rows as suits them."""
@@ -442,54 +450,69 @@ class Pipeline:
     def _exact_rows(self) -> int:
         return sum(lane.device.exact_rows() for lane in self._lanes)
 
-    def _stats(
-        self,
-        source: Source,
-        rows: int,
-        seconds: float,
-        timeline: Timeline,
-        recorders: list[Recorder],
-        exact_rows: int,
-    ) -> Stats:
-        layer, out_dtype = self.layer, self.out_dtype
-        flop = 2 * rows * layer.in_features * layer.out_features
-        uses = [device_use(operations) for operations in timeline.devices.values()]
-        stages = stage_stats(recorders, seconds, uses, self.ceilings, flop)
-        bytes_in = rows * layer.in_features * layer.dtype.itemsize
-        bytes_out = rows * layer.out_features * out_dtype.itemsize
-        lanes = [lane for lane in self._lanes if lane.device.name in {recorder.device for recorder in recorders}]
+    def _stats(self, source: Source, record: _Record, exact_rows: int) -> Callable[[], Stats]:
+        """What computes the figures of a run, whatever becomes of this Pipeline meanwhile."""
+        layer, rows, seconds, ceilings = self.layer, record.rows, record.seconds, self.ceilings
+        lanes = [lane for lane in self._lanes if lane.device.name in record.hardware]
         rings = [ring for lane in lanes for ring in (lane.executor.ring_in, lane.executor.ring_out)]
-        return Stats(
-            rows=rows,
-            seconds=seconds,
-            rows_per_s=rows / seconds if seconds else 0.0,
-            bytes_in=bytes_in,
-            bytes_out=bytes_out,
-            gb_per_s_in=bytes_in / seconds / 1e9 if seconds else 0.0,
-            gb_per_s_out=bytes_out / seconds / 1e9 if seconds else 0.0,
-            tflops=flop / seconds / 1e12 if seconds else 0.0,
-            stages=stages,
-            bound=bound(stages),
-            advice=advice(stages, lanes[0].device.runs_as, on_cpu=lanes[0].device.name == "cpu"),
-            ceilings={name: self.ceilings[name] for name in timeline.devices if name in self.ceilings},
-            kernel_hidden_share=mean_share([use.kernel_hidden_share for use in uses]),
-            copy_hidden_share=mean_share([use.copy_hidden_share for use in uses]),
-            devices=timeline.hardware,
-            kernel=lanes[0].device.kernel,
-            precision=layer.precision,
-            runs_as=lanes[0].device.runs_as,
-            exact_rows=exact_rows,
-            wire=self.wire_in.name,
-            chunk_rows=self._rows_a_chunk(source, len(lanes)),
-            num_streams=self.num_streams,
-            chunks=stages["kernel"].count,
-            copy_workers=lanes[0].workers.description,
-            piece_bytes=self.staging.piece_bytes,
-            ring_pieces=self.staging.ring_pieces,
-            staging_origin=self.staging.origin,
-            pinned_bytes=sum(ring.allocated_bytes for ring in rings) + sum(buffer.nbytes for buffer in self._gather),
-            source=source.kind,
-        )
+        bytes_in = rows * layer.in_features * layer.dtype.itemsize
+        bytes_out = rows * layer.out_features * self.out_dtype.itemsize
+        flop = 2 * rows * layer.in_features * layer.out_features
+        runs_as, on_cpu = lanes[0].device.runs_as, lanes[0].device.name == "cpu"
+        facts: dict[str, Any] = {
+            "devices": record.hardware,
+            "ceilings": {name: ceilings[name] for name in record.hardware if name in ceilings},
+            "kernel": lanes[0].device.kernel,
+            "precision": layer.precision,
+            "runs_as": runs_as,
+            "exact_rows": exact_rows,
+            "wire": self.wire_in.name,
+            "chunk_rows": self._rows_a_chunk(source, len(lanes)),
+            "num_streams": self.num_streams,
+            "copy_workers": lanes[0].workers.description,
+            "piece_bytes": self.staging.piece_bytes,
+            "ring_pieces": self.staging.ring_pieces,
+            "staging_origin": self.staging.origin,
+            "pinned_bytes": sum(ring.allocated_bytes for ring in rings) + sum(each.nbytes for each in self._gather),
+            "source": source.kind,
+        }
+
+        def compute() -> Stats:
+            uses = [device_use(operations) for operations in record.timeline().devices.values()]
+            stages = stage_stats(record.recorders, seconds, uses, ceilings, flop)
+            return Stats(
+                rows=rows,
+                seconds=seconds,
+                rows_per_s=rows / seconds if seconds else 0.0,
+                bytes_in=bytes_in,
+                bytes_out=bytes_out,
+                gb_per_s_in=bytes_in / seconds / 1e9 if seconds else 0.0,
+                gb_per_s_out=bytes_out / seconds / 1e9 if seconds else 0.0,
+                tflops=flop / seconds / 1e12 if seconds else 0.0,
+                stages=stages,
+                bound=bound(stages),
+                advice=advice(stages, runs_as, on_cpu=on_cpu),
+                kernel_hidden_share=mean_share([use.kernel_hidden_share for use in uses]),
+                copy_hidden_share=mean_share([use.copy_hidden_share for use in uses]),
+                chunks=stages["kernel"].count,
+                **facts,
+            )
+
+        return compute
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a run leaves behind."""
+
+    rows: int
+    start_s: float
+    seconds: float
+    recorders: list[Recorder]
+    hardware: dict[str, str]  # of the devices that took part
+
+    def timeline(self) -> Timeline:
+        return from_recorders(self.recorders, self.start_s, self.hardware)
 
 
 def run_pipelined(

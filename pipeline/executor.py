@@ -138,9 +138,10 @@ class Executor:
         self._free_slots = deque(range(self._num_streams))
         self._unfinished = True
         try:
-            while self._flights or not self._intake_over():
-                if not self._step():
-                    self.device.idle()
+            with self.device.running():
+                while self._flights or not self._intake_over():
+                    if not self._step():
+                        self.device.idle()
             self._unfinished = False
             if self._error is not None:
                 raise self._error

@@ -42,25 +42,25 @@ class _Shape:
 
 
 class _TimedFeed(Feed):
-    """The same few chunks again and again until a moment has come."""
+    """The same chunks again and again, from the `first` on, until a moment has come."""
 
-    def __init__(self, chunks: HostArray | None, now: Callable[[], float], seconds: float) -> None:
-        self._chunks, self._now = chunks, now
+    def __init__(self, chunks: HostArray | None, first: int, now: Callable[[], float], seconds: float) -> None:
+        self._chunks, self._first, self._now = chunks, first, now
         self._until_s = now() + seconds
-        self._taken = 0
+        self.taken = 0
         self.ended_s = float("inf")
 
     def take(self) -> Chunk | None:
         if self.exhausted:
             return None
-        if self._taken >= _FEWEST_CHUNKS and self._now() >= self._until_s:
+        if self.taken >= _FEWEST_CHUNKS and self._now() >= self._until_s:
             self.stop()
             return None
-        index = self._taken
-        self._taken += 1
+        index = self.taken
+        self.taken += 1
         rows: ArrayRows | DeviceRows = _NO_ROWS
         if self._chunks is not None:
-            rows = ArrayRows(self._chunks[index % len(self._chunks)])
+            rows = ArrayRows(self._chunks[(self._first + index) % len(self._chunks)])
         return Chunk(index, index * _CHUNK_ROWS, _CHUNK_ROWS, rows)
 
     @property
@@ -121,6 +121,7 @@ class Copies:
 
     def __init__(self, devices: Sequence[Device], trial_s: float, source: HostArray | None = None) -> None:
         self._trial_s = trial_s
+        self._chunks_read = 0  # each trial reads on where the last one stopped: no cache has kept what comes next
         source_chunks = 0 if source is None else source.nbytes // _CHUNK_BYTES
         own_chunks = _TARGET_CHUNKS + (0 if source_chunks >= _SOURCE_CHUNKS else _SOURCE_CHUNKS)
         self._places: list[_Place] = []
@@ -179,7 +180,7 @@ class Copies:
         place.start()
         pieces = [(_as_rows(place.take(rows * _ROW_BYTES)), fills) for fills in [True, False] * staging.ring_pieces]
         source, target = self._source.reshape(-1, _FEATURES), self._target.reshape(-1, _FEATURES)
-        next_row = {True: 0, False: 0}
+        next_row = {True: self._chunks_read * _CHUNK_ROWS % len(source), False: 0}
 
         def submit(piece: HostArray, fills: bool) -> Operation:
             ordinary = source if fills else target
@@ -222,13 +223,13 @@ class Copies:
         """Bytes a second each way of all devices, from the chunks of source to those of target that `ends` gives for
         each; None for rows in the device's own memory."""
 
-        def one(place: _Place, workers: Workers) -> float:
+        def one(place: _Place, workers: Workers) -> tuple[float, int]:
             device = place.device
             place.start()
             executor = Executor(device, workers, _Shape(), FLOAT32, DEFAULT_STREAMS, staging, place.take)
             source, target = ends(place)
             device.bind()
-            feed = _TimedFeed(source, device.now, self._trial_s)
+            feed = _TimedFeed(source, self._chunks_read, device.now, self._trial_s)
             done_s = [device.now()]
             executor.run(
                 feed,
@@ -239,10 +240,12 @@ class Copies:
             )
             inside = [moment for moment in done_s if moment <= feed.ended_s]  # afterwards the lanes run empty
             first = len(inside) // 3  # until then they were filling
-            return (len(inside) - 1 - first) * _CHUNK_BYTES / (inside[-1] - inside[first])
+            return (len(inside) - 1 - first) * _CHUNK_BYTES / (inside[-1] - inside[first]), feed.taken
 
         with ThreadPoolExecutor(len(self._places)) as pool:
-            return sum(pool.map(one, self._places, workers))
+            rates, chunks = zip(*pool.map(one, self._places, workers), strict=True)
+        self._chunks_read += max(chunks)
+        return float(sum(rates))
 
 
 def _as_rows(memory: HostArray) -> HostArray:

@@ -129,8 +129,8 @@ def search(rate: Callable[[Staging], float], first: Staging, time_left: Callable
 
     `first` is tried in any case, and stays where nothing is better by more than trials differ.
     """
-    most = cores()
-    counts = {first.workers: None} | dict.fromkeys(max(1, n) for n in (most - 1, most * 3 // 4, most // 2))
+    others = (min(first.workers * 3 // 2, cores() - 1), first.workers * 3 // 4)
+    counts = {first.workers: None} | dict.fromkeys(max(1, n) for n in others)
     best, _ = _best([replace(first, workers=n) for n in counts], rate, time_left)
     rings = {(first.piece_bytes, first.ring_pieces): None} | {(mib * MIB, pieces): None for mib, pieces in _RINGS}
     candidates = [replace(best, piece_bytes=size, ring_pieces=pieces) for size, pieces in rings]

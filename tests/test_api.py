@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import pickle
 import signal
 import statistics
 import subprocess
@@ -75,6 +76,14 @@ def test_pipeline_takes_whole_numbers_and_auto(name: str, value: Any) -> None:
 def test_pipeline_refuses_what_is_no_layer(layer: Any) -> None:
     with pytest.raises(OptionError, match=r"expected a FusedLinear.*from_linear"):
         run_pipelined(layer, X, devices="cpu")
+
+
+def test_result_can_be_pickled_and_read_after_its_pipeline_is_closed() -> None:
+    with open_pipeline() as pipeline:
+        result = pipeline.run(X)
+        copy = pickle.loads(pickle.dumps(result))
+    assert_same_bits(copy.out, LAYER(X))
+    assert copy.stats == result.stats and copy.stats.rows == len(X) and "stats" not in repr(result)
 
 
 def test_pipeline_options_are_keywords() -> None:

@@ -70,7 +70,7 @@ def test_search_isnt_led_astray_by_one_lucky_trial() -> None:
 
     def rate(staging: Staging) -> float:
         trials.append(staging)
-        return 300.0 if staging.workers == 15 and trials.count(staging) == 1 else 100.0
+        return 300.0 if staging.workers == 12 and trials.count(staging) == 1 else 100.0
 
     assert tune.search(rate, FIRST, always)[0] == FIRST
 
@@ -81,7 +81,7 @@ def test_search_forgives_a_trial_that_something_else_held_up() -> None:
 
     def rate(staging: Staging) -> float:
         trials.append(staging)
-        return 10.0 if trials.count(staging) == 2 and staging.workers > 8 else 30.0 if staging.workers == 8 else 45.0
+        return 10.0 if trials.count(staging) == 2 and staging.workers > 10 else 30.0 if staging.workers == 10 else 45.0
 
     assert tune.search(rate, replace(FIRST, workers=14), always)[0].workers == 14
 

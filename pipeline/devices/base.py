@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -147,6 +148,10 @@ class Device(ABC):
     def workers(self) -> Workers | None:
         """Copy workers of the device's own, for devices with a clock of their own."""
         return None
+
+    def running(self) -> AbstractContextManager[None]:
+        """What holds in the thread that runs the device, while it does."""
+        return nullcontext()
 
     @abstractmethod
     def idle(self) -> None:

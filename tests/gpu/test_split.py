@@ -37,13 +37,13 @@ def bits(v: Any) -> Any:
 
 
 def rounding(in_features: int) -> float:
-    """Relative Frobenius error that is allowed in any case: two roundings to fp32 (of the sum and of z); for more than
-    1024 in_features, a tenth above what was measured, 1.4e-7 and the roundings of in_features / 64 additions.
+    """Relative Frobenius error that is allowed in any case: two roundings to fp32 (of the sum and of z); where sums
+    aren't compensated, a tenth above what was measured, 1.4e-7 and the roundings of in_features / 64 additions.
 
     The vendor's library has fewer of these where it adds up parts of a sum, as it does for few outputs, or where most
     elements of a row are 0.
     """
-    if in_features <= 1024:
+    if not 1024 < in_features <= 8192:
         return 2.0**-23
     return 1.1 * math.hypot(1.4e-7, 0.3 * 2**-24 * math.sqrt(in_features / 64))
 
@@ -58,8 +58,8 @@ def test_split_is_as_accurate_as_the_vendors_fp32(kind: str, in_features: int) -
     allowed = 2.0 if kind in BIASED else 1.0
     for name, mine, theirs in zip(("Frobenius", "worst element"), ours, vendors, strict=True):
         least = rounding(in_features)
-        if name == "worst element" and in_features > 1024:
-            least *= 5 if kind in BIASED else 1  # of all-positive sums, five standard deviations
+        if name == "worst element" and kind in BIASED and 1024 < in_features <= 8192:
+            least *= 5  # standard deviations
         # Of denormals, what their grid takes is allowed, too.
         assert mine <= max(allowed * theirs, least, 1.001 * theirs), f"{name}: {mine:.2e}, cuBLAS {theirs:.2e}"
 
@@ -173,7 +173,7 @@ def product_by(variant: Variant, x: Any, w: Any) -> Any:
     return y
 
 
-@pytest.mark.parametrize("in_features", [128, 1000, 4100])
+@pytest.mark.parametrize("in_features", [128, 1000, 4100, 8200])
 @pytest.mark.parametrize("rows", [1, 130, 515])
 def test_split_tiles_give_the_same_bits(rows: int, in_features: int) -> None:
     """Every tile and way to store."""
@@ -182,7 +182,7 @@ def test_split_tiles_give_the_same_bits(rows: int, in_features: int) -> None:
     fp32 = Problem(FLOAT32, FLOAT32, "fp32", in_features, 520)
     variants = candidates("sm_90a", fp32, 16) + candidates("sm_90a", fp32, 16, 4)
     first, *others = [product_by(variant, x, w) for variant in variants]
-    assert len(others) == 3 and not first.isnan().any()
+    assert len(others) == (3 if in_features <= 8192 else 2) and not first.isnan().any()
     for variant, y in zip(variants[1:], others, strict=True):
         assert torch.equal(bits(y), bits(first)), variant.description
 
