@@ -99,7 +99,7 @@ class Pipeline:
 
     Args:
         layer: the fused layer.
-        chunk_rows: rows of one kernel launch, or "auto" (the wider side of a chunk is about 32 MiB; less for a
+        chunk_rows: rows of one kernel launch, or "auto" (the wider side of a chunk is about 64 MiB; less for a
             source with few rows, and for the first and last chunks of any, so that copies and kernels overlap).
         num_streams: chunks in flight on a device, each on its own stream, or "auto" (6).
         devices: None (every visible GPU, or the CPU where there is none), a name ("cpu", "cuda", "cuda:1", "sim") or
@@ -620,7 +620,7 @@ def _layer_on_the_wire(layer: FusedLinear, wire: DType, workers: Workers) -> Fus
 
 
 def _auto_chunk_rows(layer: FusedLinear, wire_in: DType, wire_out: DType) -> int:
-    """Rows of a chunk of about 32 MiB on its wider side."""
+    """Rows of a chunk of about 64 MiB on its wider side."""
     return auto_chunk_rows(max(layer.in_features * wire_in.itemsize, layer.out_features * wire_out.itemsize))
 
 

@@ -26,7 +26,7 @@ from pipeline.io.rows import ArrayRows, ArrayTarget, Chunk, Feed, Sink
 
 _FEATURES = 8192
 _ROW_BYTES = _FEATURES * FLOAT32.itemsize
-_CHUNK_ROWS = 1024  # 32 MiB, as runs have
+_CHUNK_ROWS = 1024  # 32 MiB
 _CHUNK_BYTES = _CHUNK_ROWS * _ROW_BYTES
 _SOURCE_CHUNKS = 8  # 256 MiB of scratch: more than most caches hold, where no memory of the caller's can be read
 _TARGET_CHUNKS = 2  # stores that bypass the caches find nothing there however small it is
@@ -125,6 +125,8 @@ class Copies:
         source_chunks = 0 if source is None else source.nbytes // _CHUNK_BYTES
         own_chunks = _TARGET_CHUNKS + (0 if source_chunks >= _SOURCE_CHUNKS else _SOURCE_CHUNKS)
         self._places: list[_Place] = []
+        # Kept from trial to trial, since it takes the system a while to spread new threads evenly over the cores.
+        self._shared: dict[int, Workers] = {}
         try:
             for device in devices:
                 self._places.append(_Place(device))
@@ -145,37 +147,28 @@ class Copies:
         self.close()
 
     def close(self) -> None:
+        for workers in self._shared.values():
+            workers.close()
         for place in self._places:
             place.device.close()
-        self._places = []
+        self._places, self._shared = [], {}
 
     def bus(self, staging: Staging) -> tuple[float, float, float]:
         """Pinned memory, no copy workers at work: H2D alone, D2H alone, each way with both at once."""
-        workers = self._workers(staging)
-        try:
-            self._rate(
-                staging, workers, lambda place: (place.chunks(0), place.chunks(1))
-            )  # all memory has been used once
-            return (
-                self._rate(staging, workers, lambda place: (place.chunks(0), None)),
-                self._rate(staging, workers, lambda place: (None, place.chunks(1))),
-                self._rate(staging, workers, lambda place: (place.chunks(0), place.chunks(1))),
-            )
-        finally:
-            self._close(workers)
+        self._rate(staging, lambda place: (place.chunks(0), place.chunks(1)))  # all memory has been used once
+        return (
+            self._rate(staging, lambda place: (place.chunks(0), None)),
+            self._rate(staging, lambda place: (None, place.chunks(1))),
+            self._rate(staging, lambda place: (place.chunks(0), place.chunks(1))),
+        )
 
     def staged(self, staging: Staging) -> float:
         """From ordinary memory to ordinary memory, through rings and copy workers as `staging` says."""
-        workers = self._workers(staging)
-        try:
-            return self._rate(staging, workers, lambda place: (self._source, self._target))
-        finally:
-            self._close(workers)
+        return self._rate(staging, lambda place: (self._source, self._target))
 
     def host(self, staging: Staging) -> float:
         """The copy workers alone: they fill a ring and drain another one at the same time, and no bus is at work."""
-        all_workers = self._workers(staging)
-        place, workers = self._places[0], all_workers[0]
+        place, workers = self._places[0], self._workers(staging)[0]
         device, rows = place.device, max(1, staging.piece_bytes // _ROW_BYTES)
         place.start()
         pieces = [(_as_rows(place.take(rows * _ROW_BYTES)), fills) for fills in [True, False] * staging.ring_pieces]
@@ -202,22 +195,17 @@ class Copies:
             return done / 2 * rows * _ROW_BYTES / (device.now() - start_s)
         finally:
             workers.wait_all()
-            self._close(all_workers)
 
     def _workers(self, staging: Staging) -> list[Workers]:
         """Copy workers for each device: its own where it has some, else the same ones for all."""
         own = [place.device.workers() for place in self._places]
-        shared = open_workers(staging.workers) if None in own else None
-        return [workers or shared for workers in own]  # type: ignore[misc]  # shared is None where nobody needs it
-
-    def _close(self, workers: list[Workers]) -> None:
-        for each in set(workers):
-            each.close()
+        if None in own and staging.workers not in self._shared:
+            self._shared[staging.workers] = open_workers(staging.workers)
+        return [workers or self._shared[staging.workers] for workers in own]
 
     def _rate(
         self,
         staging: Staging,
-        workers: list[Workers],
         ends: Callable[[_Place], tuple[HostArray | None, HostArray | None]],
     ) -> float:
         """Bytes a second each way of all devices, from the chunks of source to those of target that `ends` gives for
@@ -243,7 +231,7 @@ class Copies:
             return (len(inside) - 1 - first) * _CHUNK_BYTES / (inside[-1] - inside[first]), feed.taken
 
         with ThreadPoolExecutor(len(self._places)) as pool:
-            rates, chunks = zip(*pool.map(one, self._places, workers), strict=True)
+            rates, chunks = zip(*pool.map(one, self._places, self._workers(staging)), strict=True)
         self._chunks_read += max(chunks)
         return float(sum(rates))
 
