@@ -31,7 +31,7 @@ from pipeline.measure import RING_BYTES, Copies
 PAYS_BYTES = 8 * GIB  # a run that moves as much, in and out together, may start with a measurement
 _BUDGET_S, _TRIAL_S = 1.5, 0.03
 _ROUNDS = 3
-_BETTER = 1.05  # by less than that, trials differ from each other: what suits most machines stays
+_BETTER = 1.1  # by less than that, trials differ from each other: what suits most machines stays
 _RINGS = ((8, 4), (8, 6), (4, 8), (4, 12), (2, 12), (16, 4))  # MiB a piece, pieces each way
 
 
