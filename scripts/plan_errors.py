@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compares what `pipeline plan` predicts with what was measured: runs recorded in profiles/, and the error.
 
-They are the runs of `scripts/capture`, of `scripts/bench file`, and of `scripts/bench stream` as it wrote them up to
-commit 0351fdf. Where a record has ceilings, its runs are predicted from those, since machines drift from day to day.
+They are the runs of `scripts/capture` and of `scripts/bench stream`. Where a record has ceilings, its runs are
+predicted from those, since machines drift from day to day.
 """
 
 from __future__ import annotations
@@ -42,23 +42,47 @@ def measured_cases(document: dict[str, Any], machine: Machine) -> list[Case]:
             )
             for case in document["cases"]
         ]
-    features, results = document["features"], document["results"]
-    if document["bench"] == "file":
-        stats = results["stats"]
-        job = Job(stats["rows"], features, features, FLOAT32, stats["runs_as"], "file", "file")
-        return [Case("file", job, machine, stats["rows_per_s"])]
     cases = []
-    for memory in sorted({"pinned", "pageable"} & results.keys()):
-        result = results[memory]
-        stats = result["median_run"]
-        where = "pinned" if memory == "pinned" else "array"
-        job = Job(
-            stats["rows"], features, features, FLOAT32, stats["runs_as"], where, where,
-            chunk_rows=stats["chunk_rows"], num_streams=stats["num_streams"],
-        )  # fmt: skip
-        ceiling = {**machine.duplex_gb_per_s, "1": result["ceiling_gb_per_s_each_way"]["median"]}
-        rate = result["gb_per_s_each_way"]["median"] * 1e9 / job.in_row_bytes
-        cases.append(Case(memory, job, replace(machine, duplex_gb_per_s=ceiling), rate))
+    for found_by_name in document["results"].values():
+        for name, found in found_by_name.items():
+            cases += _stream_cases(name, found, document, machine)
+    return cases
+
+
+# Where the rows of a bench's case are and go, by its name. What isn't here (a fresh result) isn't what a plan is about.
+ENDS = {
+    "pinned to pinned": ("pinned", "pinned"),
+    "registered": ("pinned", "pinned"),
+    "ordinary to ordinary memory": ("array", "array"),
+    "warm .npy to pinned": ("file", "pinned"),
+    "warm .npy to .npy": ("file", "file"),
+}
+
+
+def _stream_cases(name: str, found: Any, document: dict[str, Any], machine: Machine) -> list[Case]:
+    """The runs of one case of `scripts/bench stream`."""
+    in_features = out_features = document["features"]
+    if " -> " in name:  # a layer of another shape, from pinned and from ordinary memory
+        in_features, out_features = map(int, name.split(" -> "))
+        ends = {"pipeline, pinned": ("pinned", "pinned"), "pipeline, ordinary memory": ("array", "array")}
+    elif name in ENDS:
+        ends = {"pipeline": ENDS[name], "pipeline, .npy to pinned": ENDS[name], "pipeline, pinned by pin()": ENDS[name]}
+    else:
+        return []
+    n_bytes = found.get("bytes_in", found.get("bytes"))
+    rows = n_bytes // (4 * in_features)
+    if "ceiling_s" in found and in_features == out_features:
+        measured = n_bytes / found["ceiling_s"]["median"] / 1e9
+        machine = replace(machine, duplex_gb_per_s={**machine.duplex_gb_per_s, "1": measured})
+    if "write_seconds" in found:
+        machine = replace(machine, file_write_gb_per_s=found["bytes"] / found["write_seconds"]["median"] / 1e9)
+    cases = []
+    for contender, (source, out) in ends.items():
+        if contender in found["contenders"]:
+            job = Job(rows, in_features, out_features, FLOAT32, document["precision"], source, out)
+            seconds = found["contenders"][contender].get("seconds", found.get("seconds"))["median"]
+            suffix = "" if len(ends) != 2 else f", {source}"
+            cases.append(Case(name + suffix, job, machine, rows / seconds))
     return cases
 
 
@@ -67,19 +91,19 @@ def all_cases(folder: Path = ROOT / "profiles") -> list[Case]:
     machine, cases = Machine.load("h200"), []
     for path in sorted(folder.rglob("*.json")):
         document = json.loads(path.read_text())
-        if isinstance(document, dict) and document.get("bench") in ("stream", "file", "plan"):
+        if isinstance(document, dict) and document.get("bench") in ("stream", "plan"):
             name = path.relative_to(folder).with_suffix("")
             cases += [replace(case, name=f"{name}: {case.name}") for case in measured_cases(document, machine)]
     return cases
 
 
 def main() -> int:
-    print(f"{'measured run':<44}{'measured':>14}{'predicted':>14}{'error':>8}  bound")
+    print(f"{'measured run':<52}{'measured':>14}{'predicted':>14}{'error':>8}  bound")
     errors = []
     for case in all_cases():
         found = predict(case.job, case.machine)
         errors.append(found.rows_per_s / case.rows_per_s - 1)
-        print(f"{case.name:<44}{case.rows_per_s:>14,.0f}{found.rows_per_s:>14,.0f}{errors[-1]:>8.1%}  {found.bound}")
+        print(f"{case.name:<52}{case.rows_per_s:>14,.0f}{found.rows_per_s:>14,.0f}{errors[-1]:>8.1%}  {found.bound}")
     print(f"{len(errors)} runs, largest error {max(map(abs, errors), default=0):.1%}")
     return 0
 
