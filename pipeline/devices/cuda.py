@@ -355,11 +355,10 @@ class CudaDevice(Device):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Short sleeps are short: by default Linux lets a thread sleep for 50 us longer than it asks for."""
-        if sys.platform != "linux":
+        prctl = _prctl()
+        if prctl is None:
             yield
             return
-        prctl = ctypes.CDLL(None).prctl
-        prctl.argtypes = (ctypes.c_int, *4 * (ctypes.c_ulong,))
         slack_ns = prctl(_PR_GET_TIMERSLACK, 0, 0, 0, 0)
         prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
         try:
@@ -407,6 +406,16 @@ class _CopiesOnly(CudaDevice):
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
         return self._timed(slot, "kernel", lambda: None)
+
+
+@functools.cache
+def _prctl() -> Any:
+    """Linux's function of this name, None elsewhere."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None).prctl
+    prctl.argtypes = (ctypes.c_int, *4 * (ctypes.c_ulong,))
+    return prctl
 
 
 def is_pinned(address: int) -> bool:
