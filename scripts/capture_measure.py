@@ -7,7 +7,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -197,8 +197,7 @@ def measure_case(torch: Any, name: str, rounds: int = 5) -> dict[str, Any]:
         middle = sorted(stats, key=lambda s: s.seconds)[rounds // 2]
         job = {
             "rows": rows, "in_features": in_features, "out_features": out_features, "dtype": dtype_name,
-            "runs_as": middle.runs_as, "source": memory, "out": memory, "chunk_rows": pipe.chunk_rows,
-            "num_streams": pipe.num_streams,
+            "runs_as": middle.runs_as, "source": memory, "out": memory, "num_streams": pipe.num_streams,
         }  # fmt: skip
     check_rows(layer, x, y)
     rates = [s.rows_per_s for s in stats]
@@ -212,16 +211,23 @@ def measure_case(torch: Any, name: str, rounds: int = 5) -> dict[str, Any]:
 
 @contextmanager
 def without(what: str) -> Iterator[None]:
-    """Run without NVTX ranges, or without the event record and the start events and times that only it needs."""
+    """Run without NVTX ranges, or without the event record and the times that only it needs."""
     from pipeline import executor, instrument
     from pipeline.devices import cuda
 
-    saved = executor.Ranges, instrument.Recorder.add, cuda.CudaDevice._timed
+    saved = executor.Ranges, instrument.Recorder.add, cuda._CudaOperation.done
 
-    def end_event_only(self: Any, slot: int, what: str, queue: Callable[[], None]) -> Any:
-        stream = self._streams[slot]
-        queue()
-        return _Untimed(self._events, self._events.record(stream), what)
+    def done_without_times(self: Any) -> bool:
+        if self._times is None:
+            api = cuda.driver()
+            (code,) = api.cuEventQuery(self._end)
+            if code == api.CUresult.CUDA_ERROR_NOT_READY:
+                return False
+            if code != 0:
+                raise cuda.call_error(self._what, code)
+            self._times, self._before = (0.0, 0.0), []
+            self._pool.release(self._end)
+        return True
 
     class _NoRanges:
         def __call__(self, stage: str, chunk: int) -> Any:
@@ -233,30 +239,15 @@ def without(what: str) -> Iterator[None]:
         def end(self, begun: None) -> None:
             return None
 
-    class _Untimed(cuda._CudaOperation):
-        def __init__(self, pool: Any, end: Any, what: str) -> None:
-            super().__init__(pool, end, end, what)
-
-        def done(self) -> bool:
-            if self._times is None:
-                (code,) = self._query(self._end)
-                if code == self._not_ready:
-                    return False
-                if code != 0:
-                    raise cuda.call_error(self._what, code)
-                self._times = (0.0, 0.0)
-                self._pool.release(self._end)
-            return True
-
     try:
         if what in ("ranges", "both"):
             executor.Ranges = _NoRanges
         if what in ("record", "both"):
             instrument.Recorder.add = lambda *_: None
-            cuda.CudaDevice._timed = end_event_only
+            cuda._CudaOperation.done = done_without_times
         yield
     finally:
-        executor.Ranges, instrument.Recorder.add, cuda.CudaDevice._timed = saved
+        executor.Ranges, instrument.Recorder.add, cuda._CudaOperation.done = saved
 
 
 def measure_overhead(torch: Any, rounds: int) -> dict[str, Any]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from device_tests import random_layer, random_rows
+
+from pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -57,3 +62,24 @@ def test_plan_errors_lists_the_runs_it_can_read() -> None:
     assert done.returncode == 0, done.stderr
     for run in ("bench/stream-h200: pinned to pinned", "bench/stream-fp32-h200: ordinary to", "largest error"):
         assert run in done.stdout
+
+
+@pytest.mark.parametrize("what", ["ranges", "record", "both", "as shipped"])
+def test_capture_leaves_out_what_it_measures_and_puts_it_back(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from pipeline import executor, instrument
+    from pipeline.devices import cuda
+
+    def parts() -> tuple[Any, Any, Any]:
+        return executor.Ranges, instrument.Recorder.add, cuda._CudaOperation.done
+
+    capture_measure = importlib.import_module("capture_measure")
+    whole = parts()
+    with capture_measure.without(what):
+        replaced = [a is not b for a, b in zip(whole, parts(), strict=True)]
+        with Pipeline(random_layer(16, 8), devices="cpu", chunk_rows=8) as pipeline:
+            assert len(pipeline.run(random_rows(40, 16)).out) == 40
+    assert parts() == whole
+    assert replaced == {
+        "ranges": [True, False, False], "record": [False, True, True], "both": [True] * 3, "as shipped": [False] * 3
+    }[what]  # fmt: skip
