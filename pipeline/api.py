@@ -19,14 +19,12 @@ from pipeline.arrays import HostArray
 from pipeline.config import (
     BFLOAT16,
     DEFAULT_STREAMS,
-    FEWEST_ROWS,
     FLOAT16,
     FLOAT32,
     FLOAT64,
     GIB,
     DType,
     auto_chunk_rows,
-    first_chunk_rows,
     parse_dtype,
 )
 from pipeline.devices.base import Device, Workers, find_devices, open_device
@@ -46,7 +44,7 @@ from pipeline.trace import check_trace, write_trace
 from pipeline.tune import Tuning
 
 _run_numbers = itertools.count()
-_FEWEST_CHUNKS = 8  # of an automatic choice
+_FEWEST_CHUNKS, _FEWEST_ROWS = 8, 256  # of an automatic choice; a kernel on fewer rows leaves multiprocessors idle
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,8 @@ class Pipeline:
 
     Args:
         layer: the fused layer.
-        chunk_rows: rows of one kernel launch, or "auto" (the wider side of a chunk is about 64 MiB; less for a
-            source with few rows, and for the first and last chunks of any, so that copies and kernels overlap).
+        chunk_rows: rows of one kernel launch, or "auto" (the wider side of a chunk is about 32 MiB; less for a
+            source with few rows, so that its copies and kernels overlap).
         num_streams: chunks in flight on a device, each on its own stream, or "auto" (6).
         devices: None (every visible GPU, or the CPU where there is none), a name ("cpu", "cuda", "cuda:1", "sim") or
             a list of names that share the work.
@@ -348,9 +346,7 @@ class Pipeline:
         ranges, number = Ranges(), next(_run_numbers)
         start = lanes[0].device.now()
         gather = Gather(self._gather_buffers(), self.num_streams * len(lanes) + 1, lanes[0].workers.run)
-        chunk_rows = self._rows_a_chunk(source, len(lanes))
-        first_rows = first_chunk_rows(chunk_rows) if self._chooses_rows else None
-        feed = source.feed(chunk_rows, gather, self.wire_in, first_rows)
+        feed = source.feed(self._rows_a_chunk(source, len(lanes)), gather, self.wire_in)
         errors: list[BaseException] = []
 
         def run(lane: _Lane, recorder: Recorder) -> None:
@@ -433,7 +429,7 @@ class Pipeline:
         if not self._chooses_rows or source.rows is None:
             return self.chunk_rows
         share = -(-source.rows // (_FEWEST_CHUNKS * devices))
-        return min(self.chunk_rows, max(FEWEST_ROWS, -(-share // 128) * 128))
+        return min(self.chunk_rows, max(_FEWEST_ROWS, -(-share // 128) * 128))
 
     def _gather_buffers(self) -> Callable[[int], HostArray]:
         """Allocates pinned chunk buffers for sources that gather rows, reusing those of earlier runs."""
@@ -620,7 +616,7 @@ def _layer_on_the_wire(layer: FusedLinear, wire: DType, workers: Workers) -> Fus
 
 
 def _auto_chunk_rows(layer: FusedLinear, wire_in: DType, wire_out: DType) -> int:
-    """Rows of a chunk of about 64 MiB on its wider side."""
+    """Rows of a chunk of about 32 MiB on its wider side."""
     return auto_chunk_rows(max(layer.in_features * wire_in.itemsize, layer.out_features * wire_out.itemsize))
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import DEFAULT_STREAMS, GIB, DType, auto_chunk_rows, first_chunk_rows
+from pipeline.config import DEFAULT_STREAMS, GIB, DType, auto_chunk_rows
 from pipeline.errors import FileFormatError, OptionError
 from pipeline.instrument import bus_rates
 from pipeline.simulate import Rates, simulate
@@ -185,7 +185,6 @@ def predict(job: Job, machine: Machine) -> Prediction:
         source_pinned=job.source == "pinned",
         out_pinned=job.out == "pinned",
         chunk_rows=chunk_rows,
-        first_rows=job.chunk_rows or first_chunk_rows(chunk_rows),
         num_streams=job.num_streams,
     )
     limits = {"GPUs": simulated.steady_rows_per_s * job.gpus}

@@ -64,11 +64,9 @@ def simulate(
     source_pinned: bool,
     out_pinned: bool,
     chunk_rows: int,
-    first_rows: int,
     num_streams: int,
 ) -> Simulated:
-    """Run `rows` rows through the executor on one simulated GPU, on a virtual clock and without data; `first_rows` is
-    RangeFeed's."""
+    """Run `rows` rows through the executor on one simulated GPU, on a virtual clock and without data."""
     device = _PlanDevice(rates)
     shape = _Shape(in_features, out_features, dtype)
     device.prepare(cast(FusedLinear, shape), dtype, chunk_rows)
@@ -83,7 +81,7 @@ def simulate(
     def on_commit(chunk: Chunk) -> None:
         done.append((device.now(), done[-1][1] + chunk.rows))
 
-    feed = RangeFeed(rows, chunk_rows, lambda row, n: source.first(n), first_rows)
+    feed = RangeFeed(rows, chunk_rows, lambda row, n: source.first(n))
     executor.run(feed, _PlanSink(target), recorder, on_commit, threading.Event())
     seconds = device.now()
     # The rate while the lanes are full: between a third and the end of the commits, the last of which drain the slots.

@@ -94,13 +94,13 @@ def test_pipeline_options_are_keywords() -> None:
 
 
 @pytest.mark.parametrize("in_features,out_features", [(1, 1), (300, 20), (4096, 8192), (1_000_000, 1)])
-def test_pipeline_auto_chunk_is_about_64_mib_of_the_wider_side(in_features: int, out_features: int) -> None:
+def test_pipeline_auto_chunk_is_about_32_mib_of_the_wider_side(in_features: int, out_features: int) -> None:
     from pipeline.api import _auto_chunk_rows
 
     layer = FusedLinear(np.broadcast_to(np.float32(0), (out_features, in_features)))
     rows = _auto_chunk_rows(layer, layer.dtype, layer.dtype)
     assert rows % 128 == 0 and 128 <= rows <= 65_536
-    assert rows == 128 or rows * 4 * max(in_features, out_features) <= 64 * 2**20
+    assert rows == 128 or rows * 4 * max(in_features, out_features) <= 32 * 2**20
 
 
 @pytest.mark.parametrize("name", ["PIPELINE_PIECE_BYTES", "PIPELINE_RING_PIECES", "PIPELINE_COPY_WORKERS"])

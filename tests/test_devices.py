@@ -112,3 +112,62 @@ def test_sim_touches_memory_only_at_start_and_end() -> None:
     x[...] = 3.0  # reused before the event: the copy reads what is there when it ends
     wait(device, copy)
     assert (device._inputs[0] == 3.0).all()
+
+
+# -- CUDA operations, without a GPU ------------------------------------------------------------------------------------
+
+
+class FakeEvents:
+    """Events that fire when the test says so, in place of the pool's."""
+
+    base, base_s = "base", 100.0
+
+    def __init__(self) -> None:
+        self.fired: dict[str, float] = {}  # seconds on the host's clock
+        self.released: list[str] = []
+
+    def elapsed_s(self, base: str, event: str) -> float:
+        assert base == self.base
+        return self.fired[event] - self.base_s
+
+    def release(self, event: str) -> None:
+        self.released.append(event)
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> FakeEvents:
+    from types import SimpleNamespace
+
+    from pipeline.devices import cuda
+
+    events = FakeEvents()
+    api = SimpleNamespace(
+        cuEventQuery=lambda event: (0 if event in events.fired else 600,),
+        CUresult=SimpleNamespace(CUDA_ERROR_NOT_READY=600),
+    )
+    monkeypatch.setattr(cuda, "driver", lambda: api)
+    return events
+
+
+def test_cuda_operation_starts_when_it_is_queued_or_when_the_last_before_it_ends(events: FakeEvents) -> None:
+    from pipeline.devices.cuda import _CudaOperation
+
+    first = _CudaOperation(events, "first", "H2D copy", 101.0, [])  # type: ignore[arg-type]
+    second = _CudaOperation(events, "second", "H2D copy", 101.5, [first])  # type: ignore[arg-type]
+    kernel = _CudaOperation(events, "kernel", "kernel", 101.6, [second])  # type: ignore[arg-type]
+    late = _CudaOperation(events, "late", "D2H copy", 107.0, [kernel, first])  # type: ignore[arg-type]
+    assert not any(operation.done() for operation in (first, second, kernel, late))
+    events.fired = {"first": 103.0, "second": 105.0, "kernel": 106.0, "late": 108.0}
+    assert late.done() and late.times() == (107.0, 108.0), "the bus stood still until it was queued"
+    assert kernel.times() == (105.0, 106.0), "asked on the way"
+    assert second.times() == (103.0, 105.0) and first.times() == (101.0, 103.0)
+    assert sorted(events.released) == ["first", "kernel", "late", "second"]
+    assert not late._before, "what came before isn't kept"
+
+
+def test_cuda_operation_never_ends_before_it_starts(events: FakeEvents) -> None:
+    from pipeline.devices.cuda import _CudaOperation
+
+    operation = _CudaOperation(events, "event", "kernel", 104.0, [])  # type: ignore[arg-type]
+    events.fired["event"] = 103.99  # the two clocks differ by some microseconds
+    assert operation.done() and operation.times() == (103.99, 103.99)

@@ -52,7 +52,7 @@ def test_plan_of_one_sided_traffic_uses_the_whole_bus() -> None:
 
 def test_plan_of_a_short_job_counts_filling_and_emptying_the_lanes() -> None:
     short, long = predict(replace(JOB, rows=4096), H200), predict(JOB, H200)
-    assert short.rows_per_s < 0.75 * long.rows_per_s
+    assert short.rows_per_s < 0.7 * long.rows_per_s
 
 
 def test_plan_gpus_of_one_host_share_its_bus_and_hosts_add_up() -> None:

@@ -52,16 +52,15 @@ def sixteen_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("sixteen_cores")
 def test_search_finds_the_best_workers_and_then_the_best_ring() -> None:
     def rate(staging: Staging) -> float:
-        return 200 - 3 * (
-            abs(staging.workers - 12) + abs(staging.piece_bytes / MIB - 4) + abs(staging.ring_pieces - 12)
-        )
+        off = abs(staging.workers - 12) + abs(staging.piece_bytes / MIB - 4) + abs(staging.ring_pieces - 12)
+        return 1000 / (1 + off)
 
-    assert tune.search(rate, FIRST, always) == (Staging(4 * MIB, 12, 12), 200)
+    assert tune.search(rate, FIRST, always) == (Staging(4 * MIB, 12, 12), 1000)
 
 
 @pytest.mark.usefixtures("sixteen_cores")
 def test_search_keeps_the_first_where_others_are_hardly_better() -> None:
-    assert tune.search(lambda staging: 102.0 if staging != FIRST else 100.0, FIRST, always) == (FIRST, 100.0)
+    assert tune.search(lambda staging: 109.0 if staging != FIRST else 100.0, FIRST, always) == (FIRST, 100.0)
 
 
 @pytest.mark.usefixtures("sixteen_cores")

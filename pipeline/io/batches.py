@@ -57,7 +57,7 @@ class BatchSource(Source):
         self._layer.check_dtype(dtype, what)
         return array
 
-    def feed(self, chunk_rows: int, gather: Gather, wire: DType, first_rows: int | None = None) -> Feed:
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
         return _BatchFeed(self, chunk_rows, gather, wire)
 
     def arrays(self) -> Iterator[HostArray]:

@@ -36,13 +36,12 @@ class NpyFileSource(Source):
         self.rows, self.features = shape
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def feed(self, chunk_rows: int, gather: Gather, wire: DType, first_rows: int | None = None) -> Feed:
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
         row_bytes, cast = self.features * self.dtype.itemsize, cast_between(self.dtype, wire)
         return RangeFeed(
             self.rows or 0,
             chunk_rows,
             lambda row, n: FileRows(self._fd, self.offset + row * row_bytes, row_bytes, self.path, cast),
-            first_rows,
         )
 
     def close(self) -> None:

@@ -122,38 +122,32 @@ class Gather:
 class RangeFeed(Feed):
     """Chunks of a source whose rows can be read in any order.
 
-    The first one has `first_rows`, each after it twice as many up to `chunk_rows`, and towards the end they shrink
-    again: results start to come back early, and few are still on their way when the last rows have been read.
+    NOTE: shorter chunks at both ends would gain nothing. Rows come back behind those that go out by the longest chunk's
+    copy and kernel, whatever the other chunks' lengths.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        chunk_rows: int,
-        part: Callable[[int, int], SourceRows | DeviceRows],
-        first_rows: int | None = None,
-    ) -> None:
+    def __init__(self, rows: int, chunk_rows: int, part: Callable[[int, int], SourceRows | DeviceRows]) -> None:
         self._rows, self._chunk_rows, self._part = rows, chunk_rows, part
-        self._fewest = first_rows or chunk_rows
         self._lock = threading.Lock()
-        self._next, self._row, self._size = 0, 0, self._fewest
+        self._next = 0
+        self._count = -(-rows // chunk_rows)
 
     def take(self) -> Chunk | None:
         with self._lock:
-            left = self._rows - self._row
-            if left <= 0:
+            if self._next >= self._count:
                 return None
-            half = -(-left // 256) * 128  # a multiple of the kernels' tiles
-            index, row, rows = self._next, self._row, min(left, self._size, max(half, self._fewest))
-            self._next, self._row, self._size = index + 1, row + rows, min(self._chunk_rows, 2 * self._size)
+            index = self._next
+            self._next += 1
+        row = index * self._chunk_rows
+        rows = min(self._chunk_rows, self._rows - row)
         return Chunk(index, row, rows, self._part(row, rows))
 
     @property
     def exhausted(self) -> bool:
-        return self._row >= self._rows
+        return self._next >= self._count
 
     def stop(self) -> None:
-        self._row = self._rows
+        self._next = self._count
 
 
 class Source(ABC):
@@ -167,9 +161,8 @@ class Source(ABC):
     path: Path | None = None  # the file it was opened from, if it was given as a path
 
     @abstractmethod
-    def feed(self, chunk_rows: int, gather: Gather, wire: DType, first_rows: int | None = None) -> Feed:
-        """The chunks, as rows of the wire's type; `first_rows` is RangeFeed's. Sources that gather rows themselves do
-        it into chunk buffers, all of `chunk_rows`."""
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
+        """The chunks, as rows of the wire's type. Sources that gather rows themselves do it into chunk buffers."""
 
     def close(self) -> None:
         """Release files."""

@@ -32,9 +32,9 @@ class ArraySource(Source):
         self.kind = kind
         self.family = "torch" if is_torch(value) else "numpy"
 
-    def feed(self, chunk_rows: int, gather: Gather, wire: DType, first_rows: int | None = None) -> Feed:
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
         array, cast = self.array, cast_between(self.dtype, wire)
-        return RangeFeed(array.shape[0], chunk_rows, lambda row, n: ArrayRows(array[row : row + n], cast), first_rows)
+        return RangeFeed(array.shape[0], chunk_rows, lambda row, n: ArrayRows(array[row : row + n], cast))
 
 
 class CudaSource(Source):
@@ -53,9 +53,9 @@ class CudaSource(Source):
         self.rows, self.features = self.tensor.shape
         self._all = DeviceRows(tensor.device.index, tensor.data_ptr(), tensor.stride(0), self.rows, self.tensor)
 
-    def feed(self, chunk_rows: int, gather: Gather, wire: DType, first_rows: int | None = None) -> Feed:
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
         itemsize = self.dtype.itemsize
-        return RangeFeed(self._all.rows, chunk_rows, lambda row, n: self._all.part(row, n, itemsize), first_rows)
+        return RangeFeed(self._all.rows, chunk_rows, lambda row, n: self._all.part(row, n, itemsize))
 
 
 _MAX_HEADER_BYTES = 16_384  # NumPy reads no header of more than 10,000 characters
