@@ -256,19 +256,19 @@ class CudaDevice(Device):
         first = address_of(rows)
         return _is_pinned(first) and _is_pinned(first + rows.nbytes - 1)
 
-    def _timed(self, slot: int, engine: str, queue: Callable[[], None]) -> Operation:
+    def _queue(self, slot: int, engine: str, queue: Callable[[], None]) -> Operation:
         """Queue work for an engine on the slot's stream, and an event behind it."""
         latest, queued_s = self._latest, time.perf_counter()
         queue()
-        end, before = self._events.record(self._streams[slot]), [latest[key] for key in (engine, slot) if key in latest]
-        latest[engine] = latest[slot] = operation = _CudaOperation(
-            self._events, end, f"{engine} on stream {slot}", queued_s, before
-        )
+        end = self._events.record(self._streams[slot])
+        before = [latest[key] for key in (engine, slot) if key in latest]
+        operation = _CudaOperation(self._events, end, f"{engine} on stream {slot}", queued_s, before)
+        latest[engine] = latest[slot] = operation
         return operation
 
     def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
         target = self._inputs[slot] + first * self._pitch_bytes
-        return self._timed(slot, "H2D copy", lambda: self._copy_rows(target, rows, self._streams[slot]))
+        return self._queue(slot, "H2D copy", lambda: self._copy_rows(target, rows, self._streams[slot]))
 
     def _copy_rows(self, target: int, rows: HostArray, stream: Any) -> None:
         """Queue a copy of contiguous host rows to rows `_pitch_bytes` apart."""
@@ -327,12 +327,12 @@ class CudaDevice(Device):
                 self._align_rows(x, source, stride_bytes, rows, self._streams[slot])
             launch()
 
-        return self._timed(slot, "kernel", queue)
+        return self._queue(slot, "kernel", queue)
 
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
         source, target = self._outputs[slot] + first * self._out_row_bytes, address_of(rows)
         stream = self._streams[slot]
-        return self._timed(slot, "D2H copy", lambda: call("cuMemcpyDtoHAsync", target, source, rows.nbytes, stream))
+        return self._queue(slot, "D2H copy", lambda: call("cuMemcpyDtoHAsync", target, source, rows.nbytes, stream))
 
     def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
         probe = _CopiesOnly(self.ordinal, row_bytes)
@@ -405,7 +405,7 @@ class _CopiesOnly(CudaDevice):
     def compute(
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
-        return self._timed(slot, "kernel", lambda: None)
+        return self._queue(slot, "kernel", lambda: None)
 
 
 @functools.cache
