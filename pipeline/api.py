@@ -448,7 +448,7 @@ class Pipeline:
 
     def _stats(self, source: Source, record: _Record, exact_rows: int) -> Callable[[], Stats]:
         """What computes the figures of a run, whatever becomes of this Pipeline meanwhile."""
-        layer, rows, seconds, ceilings = self.layer, record.rows, record.seconds, self.ceilings
+        layer, rows, seconds, ceilings = self.layer, record.rows, record.seconds, dict(self.ceilings)
         lanes = [lane for lane in self._lanes if lane.device.name in record.hardware]
         rings = [ring for lane in lanes for ring in (lane.executor.ring_in, lane.executor.ring_out)]
         bytes_in = rows * layer.in_features * layer.dtype.itemsize

@@ -94,7 +94,7 @@ class StageTotals:
             self._busy_until_s = interval.end_s
 
 
-KEPT = 500  # operations of a device that every run keeps, for its report, which takes 3 us for each
+KEPT = 2_000  # operations of a device that every run keeps for its report, which takes 2 us for each
 KEPT_FOR_TRACE = 200_000
 
 
