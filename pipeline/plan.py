@@ -200,7 +200,8 @@ def predict(job: Job, machine: Machine) -> Prediction:
     if bound_by in ("H2D", "D2H") and each > 1 and machine.duplex_of(each) < each * machine.duplex_of(1) * 0.99:
         bound_by += ", whose bus the host's GPUs share"
     weights = (job.in_features + 1) * job.out_features * job.dtype.itemsize
-    gpu_bytes = weights + job.num_streams * chunk_rows * (job.in_row_bytes + job.out_row_bytes)
+    operands = 2 if job.runs_as == "fp32" else 1  # whose rows, of x and of W, are kept split as well
+    gpu_bytes = operands * weights + job.num_streams * chunk_rows * (operands * job.in_row_bytes + job.out_row_bytes)
     arrays = sum(n for n, where in ((job.in_row_bytes, job.source), (job.out_row_bytes, job.out)) if where != "file")
     host_bytes = each * simulated.pinned_bytes + arrays * -(-job.rows // job.hosts)
     problems = []
