@@ -80,7 +80,8 @@ def test_plan_network_limits_each_host() -> None:
 def test_plan_counts_split_rows_on_the_gpu() -> None:
     tf32, fp32 = (predict(replace(JOB, runs_as=name), H200) for name in ("tf32", "fp32"))
     weights, rows = 4096 * 4097 * 4, 6 * tf32.chunk_rows * 4096 * 4
-    assert tf32.gpu_bytes == weights + 2 * rows and fp32.gpu_bytes == 2 * weights + 3 * rows
+    assert tf32.gpu_memory_bytes == weights + 2 * rows
+    assert fp32.gpu_memory_bytes == 2 * weights + 3 * rows
 
 
 def test_plan_says_what_does_not_fit() -> None:
