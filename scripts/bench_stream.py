@@ -326,6 +326,7 @@ def case_short(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
 def case_shapes(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Narrow and wide layers: the bound that each hits and the fraction reached."""
     from pipeline import Pipeline
+    from pipeline.report import nearness
 
     results = {}
     for in_features, out_features in NARROW:
@@ -343,13 +344,14 @@ def case_shapes(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
                 },
                 options.rounds,
             )
-            stats = pipe.run(*pinned).stats
-            found["stats_pinned"] = stats.as_dict()
-            found["stats_ordinary"] = pipe.run(*ordinary).stats.as_dict()
-            found["bound"] = {name: found[f"stats_{name}"]["bound"] for name in ("pinned", "ordinary")}
-            print(stats)
+            for name, both in (("pinned", pinned), ("ordinary", ordinary)):
+                stats = pipe.run(*both).stats
+                found[f"stats_{name}"] = stats.as_dict()
+                found[f"bound_{name}"] = stats.bound, nearness(stats.stages[stats.bound])
         results[f"{in_features} -> {out_features}"] = found
-        show(f"{in_features} -> {out_features}, bound by {found['bound']}", found)
+        show(f"{in_features} -> {out_features}", found)
+        for name in ("pinned", "ordinary"):
+            print("  {}: bound by {}, at {:.2f} of its limit".format(name, *found[f"bound_{name}"]))
     return results
 
 
