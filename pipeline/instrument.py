@@ -159,14 +159,3 @@ def bus_rates(
     h2d_s = both / duplex_gb_per_s + (in_bytes - both) / h2d_gb_per_s
     d2h_s = both / duplex_gb_per_s + (out_bytes - both) / d2h_gb_per_s
     return in_bytes / h2d_s, out_bytes / d2h_s
-
-
-def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The union of time spans, sorted and without overlaps."""
-    union: list[tuple[float, float]] = []
-    for start, end in sorted(spans):
-        if union and start <= union[-1][1]:
-            union[-1] = (union[-1][0], max(end, union[-1][1]))
-        else:
-            union.append((start, end))
-    return union

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.instrument import STAGES, Interval, Recorder, merged
+from pipeline.instrument import STAGES, Interval, Recorder, StageTotals
 
-Spans = list[tuple[float, float]]
 Array = npt.NDArray[Any]
 
 # What a lane waits for, by the lane that is at work meanwhile. With none at work, it is the host's own code.
@@ -87,9 +86,12 @@ def from_recorders(recorders: Sequence[Recorder], start_s: float, hardware: dict
     return Timeline(devices, hardware=hardware or {}, dropped=sum(recorder.dropped for recorder in recorders))
 
 
-def spans_of(operations: Sequence[Interval], stages: Sequence[str]) -> Spans:
-    """When any of `stages` was busy."""
-    return merged([(i.start_s, i.end_s) for i in operations if i.stage in stages])
+def busy_s(operations: Sequence[Interval], stage: str) -> float:
+    """Seconds in which a stage was at work, in all of the operations; those that overlap count once."""
+    totals = StageTotals()
+    for interval in sorted((i for i in operations if i.stage == stage), key=lambda i: i.start_s):
+        totals.add(interval)
+    return totals.busy_s
 
 
 def steady_window(operations: Sequence[Interval]) -> tuple[float, float]:
@@ -120,9 +122,8 @@ def device_use(operations: Sequence[Interval], window: tuple[float, float] | Non
         if interval.end_s > window[0] and interval.start_s < window[1]:
             mine[interval.stage].append(interval)
     # The window is cut wherever an operation starts or ends: within a moment, lanes are either at work or not.
-    starts, ends = (
-        {stage: np.clip([i[field] for i in each], *window) for stage, each in mine.items()} for field in (2, 3)
-    )
+    starts = {stage: np.clip([i.start_s for i in each], *window) for stage, each in mine.items()}
+    ends = {stage: np.clip([i.end_s for i in each], *window) for stage, each in mine.items()}
     cuts = np.unique(np.concatenate([window, *starts.values(), *ends.values()]))
     seconds = np.diff(cuts)
     at_work = {stage: _covered(cuts, starts[stage], ends[stage]) for stage in STAGES}
@@ -176,11 +177,6 @@ def _causes(seconds: Array, still: Array, others: Sequence[tuple[str, Array]]) -
 def _hidden(seconds: Array, busy: Array, behind: Array) -> float | None:
     busy_s = seconds[busy].sum()
     return float(seconds[busy & behind].sum() / busy_s) if busy_s > 0 else None
-
-
-def total_s(spans: Spans) -> float:
-    """Seconds in a merged span list."""
-    return sum(end - start for start, end in spans)
 
 
 def lanes_of(operations: Sequence[Interval], stage: str) -> list[list[Interval]]:

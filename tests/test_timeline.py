@@ -1,4 +1,4 @@
-"""Timelines: spans, windows, what lanes wait for, and how the same record is read on hardware with one slow part."""
+"""Timelines: windows, what lanes wait for, and how the same record is read on hardware with one slow part."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pipeline.devices.sim import Hardware, SimDevice
 from pipeline.instrument import STAGES, Interval, Recorder
 from pipeline.timeline import (
     Timeline,
+    busy_s,
     device_use,
     from_recorders,
     lanes_of,
@@ -23,9 +24,6 @@ from pipeline.timeline import (
 )
 
 # Whole seconds, so that sums are exact.
-spans = st.lists(
-    st.tuples(st.integers(0, 60), st.integers(1, 12)).map(lambda s: (float(s[0]), float(s[0] + s[1]))), max_size=20
-)
 operations = st.lists(
     st.builds(
         lambda stage, chunk, start, length: Interval(stage, chunk, float(start), float(start + length), 10),
@@ -55,6 +53,13 @@ def test_use_accounts_for_every_second_of_the_window(given_operations: list[Inte
     everyone = set().union(*(seconds_of([i[2:4]]) for i in given_operations)) & set(range(10, 50))
     for lane in use.lanes.values():
         assert lane.waiting_for.get("host", 0) == 40 - len(everyone)
+
+
+@given(operations)
+def test_busy_counts_each_second_once(given_operations: list[Interval]) -> None:
+    for stage in STAGES:
+        mine = [i[2:4] for i in given_operations if i.stage == stage]
+        assert busy_s(given_operations, stage) == len(seconds_of(mine))
 
 
 @given(operations)

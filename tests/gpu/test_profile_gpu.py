@@ -11,7 +11,7 @@ import pytest
 from pipeline.devices.cuda import count_gpus
 from pipeline.errors import OptionError
 from pipeline.nsys import find_nsys, read_report, record
-from pipeline.timeline import Timeline, device_use, spans_of, total_s
+from pipeline.timeline import Timeline, busy_s, device_use
 from pipeline.trace import read_trace
 
 if not count_gpus():
@@ -44,7 +44,7 @@ def test_record_and_nsys_find_the_same_operations(both: tuple[Timeline, Timeline
 
 @pytest.mark.parametrize("stage", ENGINES)
 def test_record_and_nsys_agree_within_three_percent(stage: str, both: tuple[Timeline, Timeline]) -> None:
-    ours, theirs = (total_s(spans_of(each.devices["cuda:0"], (stage,))) for each in both)
+    ours, theirs = (busy_s(each.devices["cuda:0"], stage) for each in both)
     assert ours == pytest.approx(theirs, rel=0.03)
     shares = [device_use(each.devices["cuda:0"]).kernel_hidden_share for each in both]
     assert shares[0] == pytest.approx(shares[1], abs=0.03)
