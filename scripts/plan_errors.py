@@ -49,24 +49,26 @@ def measured_cases(document: dict[str, Any], machine: Machine) -> list[Case]:
     return cases
 
 
-# Where the rows of a bench's case are and go, by its name. What isn't here (a fresh result) isn't what a plan is about.
-ENDS = {
-    "pinned to pinned": ("pinned", "pinned"),
-    "registered": ("pinned", "pinned"),
-    "ordinary to ordinary memory": ("array", "array"),
-    "warm .npy to pinned": ("file", "pinned"),
-    "warm .npy to .npy": ("file", "file"),
+# Of a case of `scripts/bench stream`, by its name: the contender that is ours, and where its rows are and go. What isn't
+# here (a fresh result) isn't what a plan is about.
+RUNS = {
+    "pinned to pinned": [("pipeline", "pinned", "pinned")],
+    "registered": [("pipeline, pinned by pin()", "pinned", "pinned")],
+    "ordinary to ordinary memory": [("pipeline", "array", "array")],
+    "warm .npy to pinned": [("pipeline, .npy to pinned", "file", "pinned")],
+    "warm .npy to .npy": [("pipeline", "file", "file")],
 }
+SHAPE_RUNS = [("pipeline, pinned", "pinned", "pinned"), ("pipeline, ordinary memory", "array", "array")]
 
 
 def _stream_cases(name: str, found: Any, document: dict[str, Any], machine: Machine) -> list[Case]:
     """The runs of one case of `scripts/bench stream`."""
     in_features = out_features = document["features"]
-    if " -> " in name:  # a layer of another shape, from pinned and from ordinary memory
+    if " -> " in name:  # a layer of another shape
         in_features, out_features = map(int, name.split(" -> "))
-        ends = {"pipeline, pinned": ("pinned", "pinned"), "pipeline, ordinary memory": ("array", "array")}
-    elif name in ENDS:
-        ends = {"pipeline": ENDS[name], "pipeline, .npy to pinned": ENDS[name], "pipeline, pinned by pin()": ENDS[name]}
+        runs = SHAPE_RUNS
+    elif name in RUNS:
+        runs = RUNS[name]
     else:
         return []
     n_bytes = found.get("bytes_in", found.get("bytes"))
@@ -75,14 +77,12 @@ def _stream_cases(name: str, found: Any, document: dict[str, Any], machine: Mach
         measured = n_bytes / found["ceiling_s"]["median"] / 1e9
         machine = replace(machine, duplex_gb_per_s={**machine.duplex_gb_per_s, "1": measured})
     if "write_seconds" in found:
-        machine = replace(machine, file_write_gb_per_s=found["bytes"] / found["write_seconds"]["median"] / 1e9)
+        machine = replace(machine, file_write_gb_per_s=n_bytes / found["write_seconds"]["median"] / 1e9)
     cases = []
-    for contender, (source, out) in ends.items():
-        if contender in found["contenders"]:
-            job = Job(rows, in_features, out_features, FLOAT32, document["precision"], source, out)
-            seconds = found["contenders"][contender].get("seconds", found.get("seconds"))["median"]
-            suffix = "" if len(ends) != 2 else f", {source}"
-            cases.append(Case(name + suffix, job, machine, rows / seconds))
+    for contender, source, out in runs:
+        job = Job(rows, in_features, out_features, FLOAT32, document["precision"], source, out)
+        seconds = found["contenders"][contender].get("seconds", found.get("seconds"))["median"]
+        cases.append(Case(f"{name}, {source}" if runs is SHAPE_RUNS else name, job, machine, rows / seconds))
     return cases
 
 
