@@ -455,43 +455,43 @@ class Pipeline:
         bytes_out = rows * layer.out_features * self.out_dtype.itemsize
         flop = 2 * rows * layer.in_features * layer.out_features
         runs_as, on_cpu = lanes[0].device.runs_as, lanes[0].device.name == "cpu"
-        facts: dict[str, Any] = {
-            "devices": record.hardware,
-            "ceilings": {name: ceilings[name] for name in record.hardware if name in ceilings},
-            "kernel": lanes[0].device.kernel,
-            "precision": layer.precision,
-            "runs_as": runs_as,
-            "exact_rows": exact_rows,
-            "wire": self.wire_in.name,
-            "chunk_rows": self._rows_a_chunk(source, len(lanes)),
-            "num_streams": self.num_streams,
-            "copy_workers": lanes[0].workers.description,
-            "piece_bytes": self.staging.piece_bytes,
-            "ring_pieces": self.staging.ring_pieces,
-            "staging_origin": self.staging.origin,
-            "pinned_bytes": sum(ring.allocated_bytes for ring in rings) + sum(each.nbytes for each in self._gather),
-            "source": source.kind,
-        }
+        known = functools.partial(
+            Stats,
+            rows=rows,
+            seconds=seconds,
+            rows_per_s=rows / seconds if seconds else 0.0,
+            bytes_in=bytes_in,
+            bytes_out=bytes_out,
+            gb_per_s_in=bytes_in / seconds / 1e9 if seconds else 0.0,
+            gb_per_s_out=bytes_out / seconds / 1e9 if seconds else 0.0,
+            tflops=flop / seconds / 1e12 if seconds else 0.0,
+            ceilings={name: ceilings[name] for name in record.hardware if name in ceilings},
+            devices=record.hardware,
+            kernel=lanes[0].device.kernel,
+            precision=layer.precision,
+            runs_as=runs_as,
+            exact_rows=exact_rows,
+            wire=self.wire_in.name,
+            chunk_rows=self._rows_a_chunk(source, len(lanes)),
+            num_streams=self.num_streams,
+            copy_workers=lanes[0].workers.description,
+            piece_bytes=self.staging.piece_bytes,
+            ring_pieces=self.staging.ring_pieces,
+            staging_origin=self.staging.origin,
+            pinned_bytes=sum(ring.allocated_bytes for ring in rings) + sum(buffer.nbytes for buffer in self._gather),
+            source=source.kind,
+        )
 
         def compute() -> Stats:
             uses = [device_use(operations) for operations in record.timeline().devices.values()]
             stages = stage_stats(record.recorders, seconds, uses, ceilings, flop)
-            return Stats(
-                rows=rows,
-                seconds=seconds,
-                rows_per_s=rows / seconds if seconds else 0.0,
-                bytes_in=bytes_in,
-                bytes_out=bytes_out,
-                gb_per_s_in=bytes_in / seconds / 1e9 if seconds else 0.0,
-                gb_per_s_out=bytes_out / seconds / 1e9 if seconds else 0.0,
-                tflops=flop / seconds / 1e12 if seconds else 0.0,
+            return known(
                 stages=stages,
                 bound=bound(stages),
                 advice=advice(stages, runs_as, on_cpu=on_cpu),
                 kernel_hidden_share=mean_share([use.kernel_hidden_share for use in uses]),
                 copy_hidden_share=mean_share([use.copy_hidden_share for use in uses]),
                 chunks=stages["kernel"].count,
-                **facts,
             )
 
         return compute
