@@ -130,7 +130,7 @@ def search(rate: Callable[[Staging], float], first: Staging, time_left: Callable
     `first` is tried in any case, and stays where nothing is better by more than trials differ.
     """
     more = dict.fromkeys(min(n, max(1, cores() - 1)) for n in (first.workers * 3 // 2, 2 * first.workers))
-    counts = {first.workers: None} | more  # fewer never moved more, but a short trial can make it seem so
+    counts = {first.workers: None} | more  # fewer moved less (H200), but a short trial can make it seem more
     best, _ = _best([replace(first, workers=n) for n in counts], rate, time_left)
     rings = {(first.piece_bytes, first.ring_pieces): None} | {(mib * MIB, pieces): None for mib, pieces in _RINGS}
     candidates = [replace(best, piece_bytes=size, ring_pieces=pieces) for size, pieces in rings]

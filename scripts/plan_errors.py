@@ -49,8 +49,8 @@ def measured_cases(document: dict[str, Any], machine: Machine) -> list[Case]:
     return cases
 
 
-# Of a case of `scripts/bench stream`, by its name: the contender that is ours, and where its rows are and go. What isn't
-# here (a fresh result) isn't what a plan is about.
+# Of a case of `scripts/bench stream`, by its name: the contender that is ours, and where its rows are and go. What is
+# missing (a fresh result) isn't what a plan is about.
 RUNS = {
     "pinned to pinned": [("pipeline", "pinned", "pinned")],
     "registered": [("pipeline, pinned by pin()", "pinned", "pinned")],

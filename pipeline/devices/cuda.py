@@ -71,8 +71,8 @@ class _EventPool:
             raise call_error("cuEventRecord", code)
         return event
 
-    def release(self, *events: Any) -> None:
-        self._free.extend(events)
+    def release(self, event: Any) -> None:
+        self._free.append(event)
 
     def rebase(self) -> None:
         """Take a new base event, timed against the old one, so that float32 milliseconds stay exact enough.
@@ -99,7 +99,8 @@ class _CudaOperation:
     """Work on a stream, up to an event behind it. `what` goes into error messages.
 
     It started when it was queued, or when the last of `before` ended: what its stream and its engine did before it.
-    NOTE: an event before the work would tell as much, and cost the executor's loop as much again.
+    NOTE: an event before the work would tell as much, for another 2.5 us of the executor's loop (H200 host: 1.8 to
+    record it, 0.7 to ask for its time).
     """
 
     __slots__ = ("_base", "_base_s", "_before", "_end", "_pool", "_queued_s", "_times", "_what")
