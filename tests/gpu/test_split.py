@@ -36,16 +36,15 @@ def bits(v: Any) -> Any:
     return v.contiguous().view(torch.int32)
 
 
-def rounding(in_features: int) -> float:
-    """Relative Frobenius error that is allowed in any case: two roundings to fp32 (of the sum and of z); where sums
-    aren't compensated, a tenth above what was measured, 1.4e-7 and the roundings of in_features / 64 additions.
+def rounding(kind: str, in_features: int) -> float:
+    """The error that is allowed in any case: two roundings to fp32, of the sum and of z.
 
-    The vendor's library has fewer of these where it adds up parts of a sum, as it does for few outputs, or where most
-    elements of a row are 0.
+    NOTE: of sparse rows the vendor's sums are better where ours are long and not compensated: most of its additions are
+    of zeros. There a tenth above what was measured is allowed, 1.4e-7 and the roundings of in_features / 64 additions.
     """
-    if not 1024 < in_features <= 8192:
-        return 2.0**-23
-    return 1.1 * math.hypot(1.4e-7, 0.3 * 2**-24 * math.sqrt(in_features / 64))
+    if kind == "sparse, 10%" and 1024 < in_features <= 8192:
+        return 1.1 * math.hypot(1.4e-7, 0.3 * 2**-24 * math.sqrt(in_features / 64))
+    return 2.0**-23
 
 
 @pytest.mark.parametrize("in_features", [8, 100, 1024, 8192, 65536])
@@ -57,11 +56,8 @@ def test_split_is_as_accurate_as_the_vendors_fp32(kind: str, in_features: int) -
     ours, vendors = errors(product(x, w, "fp32"), x, w), errors(x @ w.T, x, w)
     allowed = 2.0 if kind in BIASED else 1.0
     for name, mine, theirs in zip(("Frobenius", "worst element"), ours, vendors, strict=True):
-        least = rounding(in_features)
-        if name == "worst element" and kind in BIASED and 1024 < in_features <= 8192:
-            least *= 5  # standard deviations
-        # Of denormals, what their grid takes is allowed, too.
-        assert mine <= max(allowed * theirs, least, 1.001 * theirs), f"{name}: {mine:.2e}, cuBLAS {theirs:.2e}"
+        least = max(rounding(kind, in_features), 1.001 * theirs)  # denormals: what their grid takes
+        assert mine <= max(allowed * theirs, least), f"{name}: {mine:.2e}, cuBLAS {theirs:.2e}"
 
 
 @pytest.mark.parametrize("out_features", [1, 131, 512])
