@@ -31,13 +31,6 @@ __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
 
-// Adds `part` to `total` and leaves in `part` what the addition rounded away (Kahan's compensation).
-__device__ __forceinline__ void add_compensated(float& total, float& part) {
-  const float sum = __fadd_rn(total, part);
-  part = __fsub_rn(part, __fsub_rn(sum, total));
-  total = sum;
-}
-
 template <typename Out>
 __device__ __forceinline__ Out from_float(float v);
 template <>

@@ -23,6 +23,13 @@
 #include "fused_linear.cuh"
 #include "ptx.cuh"
 
+// Adds `part` to `total` and leaves in `part` what the addition rounded away (Kahan's compensation).
+__device__ __forceinline__ void add_compensated(float& total, float& part) {
+  const float sum = __fadd_rn(total, part);
+  part = __fsub_rn(part, __fsub_rn(sum, total));
+  total = sum;
+}
+
 template <typename Out, typename Epilogue, int BLOCK_M, int BLOCK_N, int THREADS_M, int THREADS_N, int kNumStages,
           int LOAD_BYTES, int SUM_BLOCK, bool kListed>
 struct FusedLinearSimt {

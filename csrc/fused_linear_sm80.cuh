@@ -110,7 +110,6 @@ struct FusedLinearSm80 {
   static_assert(kNumStages >= 3, "one stage multiplied, one arriving, one free");
   static_assert(kSteps % 2 == 0, "fragment buffers alternate across k-tiles");
   static_assert(Operands::kPromoteEvery <= 1, "accumulators are promoted after every k-tile or never");
-  static_assert(Operands::kCompensated == (Operands::kPromoteEvery == 1), "promoted sums are compensated");
 
   // The row of w, within the tile, kept in row `r` of shared memory: column 8 j + c of a 16-wide fragment holds
   // output 4 (c / 2) + 2 j + c % 2, so the pairs that mma gives a thread join to four neighbours.
@@ -198,20 +197,28 @@ struct FusedLinearSm80 {
     }
   }
 
-  // Adds `d` to the partial sum and clears it; with `fold` adds that to the total. What the second addition rounds away
-  // opens the next partial sum (Kahan's compensation).
-  static __device__ __forceinline__ void promote(Accumulators& d, Accumulators& partial, Accumulators& total,
-                                                 bool fold) {
+  // Sums of accumulators that are promoted: rest + leading (`set_aside`).
+  struct Totals {
+    Accumulators rest = {};
+    __nv_bfloat162 leading[kAccumulators / 2] = {};
+
+    // Adds `d` and clears it.
+    __device__ __forceinline__ void add(Accumulators& d) {
 #pragma unroll
-    for (int i = 0; i < kAccumulators; ++i) {
-      float &mine = at(d, i), &sum = at(partial, i);
-      sum = __fadd_rn(sum, mine);
-      mine = 0.0f;
+      for (int i = 0; i < kAccumulators; ++i) {
+        at(rest, i) = __fadd_rn(at(rest, i), at(d, i));
+        at(d, i) = 0.0f;
+      }
     }
-    if (!fold) return;
+    __device__ __forceinline__ void set_aside() {
 #pragma unroll
-    for (int i = 0; i < kAccumulators; ++i) add_compensated(at(total, i), at(partial, i));
-  }
+      for (int i = 0; i < kAccumulators; i += 2) ::set_aside(leading[i / 2], at(rest, i), at(rest, i + 1));
+    }
+    __device__ __forceinline__ void put_back() {
+#pragma unroll
+      for (int i = 0; i < kAccumulators; i += 2) ::put_back(leading[i / 2], at(rest, i), at(rest, i + 1));
+    }
+  };
 
   static __device__ __forceinline__ void store(const FusedLinearArgs& args, int row0, int column0,
                                                const Accumulators& d) {
@@ -277,7 +284,7 @@ struct FusedLinearSm80 {
     const unsigned w_lane = shared + (BLOCK_M + warp_n + w_lane_row) * kRowBytes + (lane / 8 % 2 ^ lane % 8) * 16;
 
     Accumulators d = {};
-    [[maybe_unused]] Accumulators partial = {}, total = {};  // where accumulators are promoted
+    [[maybe_unused]] Totals totals;  // where accumulators are promoted
     Fragments fragments[2];
     unsigned read_offset = 0;
     load_fragments(fragments[0], x_lane ^ Operands::x_step(0) * 32, w_lane ^ Operands::w_step(0) * 32);
@@ -311,12 +318,13 @@ struct FusedLinearSm80 {
         multiply(d, fragments[step % 2]);
       }
       if constexpr (kPromoted) {
-        const bool fold = (k_tile + 1) % Operands::kPartialGroups == 0 || k_tile + 1 == k_tiles;
-        promote(d, partial, total, fold);
+        totals.add(d);
+        if ((k_tile + 1) % Operands::kFoldGroups == 0) totals.set_aside();
       }
     }
     ptx::cp_async_wait<0>();
 
-    store(args, m0 + warp_m + lane / 4, n0 + warp_n + lane % 4 * 4, kPromoted ? total : d);
+    if constexpr (kPromoted) totals.put_back();
+    store(args, m0 + warp_m + lane / 4, n0 + warp_n + lane % 4 * 4, kPromoted ? totals.rest : d);
   }
 };

@@ -9,7 +9,7 @@
 // them in turns, each every other tile with accumulators in registers: one finishes and stores its tile while the other
 // keeps the tensor cores busy ("ping-pong"). Consumers wait for nothing but full stages and their turn. Outputs leave
 // through a small buffer of each warp's own and TMA stores. Operands whose accumulators are promoted need registers for
-// two or three sets of them: there the consumers multiply side by side, each half of the rows of every tile.
+// two and a half sets of them: there the consumers multiply side by side, each half of the rows of every tile.
 //
 // NOTE: no clusters and no multicast. They save nothing here: the GPU joins reads of the same lines by neighbouring
 // multiprocessors on their way to L2 by itself, and then reads no more than with multicast in clusters of two (ncu,
@@ -97,7 +97,8 @@ struct FusedLinearSm90 {
 
   static_assert(sizeof(In) == 2 || sizeof(In) == 4, "bf16, fp16, or fp32 as tf32");
   static_assert(kWarpgroupRows % 64 == 0 && BLOCK_N <= 256, "whole wgmmas");
-  static_assert(kParts * BLOCK_N * (1 + kPromoted + Operands::kCompensated) <= 384, "accumulators fit the registers");
+  // Two sets of accumulators and half a one where they are promoted; some registers are needed for all else.
+  static_assert(kParts * BLOCK_N * (kPromoted ? 5 : 2) / 4 <= 216, "accumulators fit the registers");
   static_assert(BLOCK_N % 8 == 0 && BLOCK_N >= kSliceColumns, "see store");
   static_assert(kBytesX % 1024 == 0 && kStageBytes % 1024 == 0, "swizzle atoms are aligned");
   static_assert(kNumStages >= 2, "loads overlap products");
@@ -238,22 +239,20 @@ struct FusedLinearSm90 {
   }
 
   // The same with promotion: each group of kPromoteEvery k-tiles starts the accumulators anew, small products of the
-  // whole group first. Its sums are added to `total` or, if kCompensated, to partial sums, and these every
-  // kPartialGroups groups to `total`; what that rounds away opens the next partial sum (Kahan's compensation).
+  // whole group first, and its sums are added to `total`. Every kFoldGroups groups `total`'s leading bits are set aside
+  // while the next products are in flight.
   static __device__ __forceinline__ void multiply_promoted(Accumulators (&total)[kParts], Ring& ring, int k_tiles,
                                                            unsigned first_row, unsigned lane) {
     constexpr int kGroup = Operands::kPromoteEvery;
     static_assert(kNumStages > kGroup, "the next group loads meanwhile");
-    constexpr bool kCompensated = Operands::kCompensated;
     Accumulators d[kParts];
-    [[maybe_unused]] Accumulators partial[kParts];
+    __nv_bfloat162 leading[kParts][BLOCK_N / 4];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-      for (int i = 0; i < BLOCK_N / 2; ++i) {
-        total[part][i] = 0.0f;
-        if constexpr (kCompensated) partial[part][i] = 0.0f;
-      }
+      for (int i = 0; i < BLOCK_N / 2; ++i) total[part][i] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < BLOCK_N / 4; ++i) leading[part][i] = __floats2bfloat162_rn(0.0f, 0.0f);
     }
     const int groups = k_tiles / kGroup;
 #pragma unroll 1
@@ -278,6 +277,14 @@ struct FusedLinearSm90 {
       }
       ptx::wgmma_commit();
       pin(d);
+      if (group > 0 && group % Operands::kFoldGroups == 0) {
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          float* sums = total[part];
+#pragma unroll
+          for (int i = 0; i < BLOCK_N / 4; ++i) set_aside(leading[part][i], sums[2 * i], sums[2 * i + 1]);
+        }
+      }
       ptx::wgmma_wait<0>();
       pin(d);
       if (lane == 0) {
@@ -286,19 +293,15 @@ struct FusedLinearSm90 {
       }
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        Accumulators& sum = kCompensated ? partial[part] : total[part];
 #pragma unroll
-        for (int i = 0; i < BLOCK_N / 2; ++i) sum[i] = __fadd_rn(sum[i], d[part][i]);
+        for (int i = 0; i < BLOCK_N / 2; ++i) total[part][i] = __fadd_rn(total[part][i], d[part][i]);
       }
-      if constexpr (kCompensated) {
-        if ((group + 1) % Operands::kPartialGroups == 0 || group + 1 == groups) {
+    }
 #pragma unroll
-          for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kParts; ++part) {
+      float* sums = total[part];
 #pragma unroll
-            for (int i = 0; i < BLOCK_N / 2; ++i) add_compensated(total[part][i], partial[part][i]);
-          }
-        }
-      }
+      for (int i = 0; i < BLOCK_N / 4; ++i) put_back(leading[part][i], sums[2 * i], sums[2 * i + 1]);
     }
   }
 

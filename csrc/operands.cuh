@@ -14,7 +14,6 @@ struct Plain {
   using BiasElement = T;
   static constexpr int kProducts = 4;
   static constexpr int kPromoteEvery = 0;
-  static constexpr bool kCompensated = false;
   static constexpr bool kScaled = false;
   static __device__ __forceinline__ constexpr int x_step(int product) { return product; }
   static __device__ __forceinline__ constexpr int w_step(int product) { return product; }
@@ -33,18 +32,18 @@ struct Plain {
 // additions, which round to nearest. The small products come first, while the accumulators are small: two truncations a
 // k-tile are left at full magnitude.
 //
-// NOTE: each ordinary addition rounds the total, by 2^-25 of it on average, and most of that cancels: the error of
-// normal data grows like the square root of K. kCompensated, for long sums: ordinary additions over 512 of k only, and
-// compensated ones of those sums, which take registers for a third set of accumulators. Then it hardly depends on K.
-template <int kPromoteEvery_, bool kCompensated_ = false>
+// NOTE: each ordinary addition rounds the total, by 2^-25 of it on average; over a long sum that adds up to more than all
+// else. So every kFoldGroups additions, 512 of k, the leading bits of the total are set aside (`set_aside`) and additions
+// go on with the small rest: they round as if sums were 512 long, whatever K is. It takes half a register a sum, where
+// Kahan's compensation takes a whole one and three additions for each.
+template <int kPromoteEvery_>
 struct SplitFp16 {
   using Element = __half;
   using BiasElement = float;
   static constexpr int kProducts = 6;
   static constexpr int kSmallProducts = 4;
   static constexpr int kPromoteEvery = kPromoteEvery_;
-  static constexpr bool kCompensated = kCompensated_;
-  static constexpr int kPartialGroups = 512 / (32 * kPromoteEvery);  // in a partial sum, if kCompensated
+  static constexpr int kFoldGroups = 512 / (32 * kPromoteEvery);
   static constexpr bool kScaled = true;
   // Steps 0 and 1 are high parts, 2 and 3 low ones: low x high, high x low, high x high.
   static __device__ __forceinline__ constexpr int x_step(int product) {
@@ -54,3 +53,20 @@ struct SplitFp16 {
     return product == 2 || product == 3 ? product : product % 2;
   }
 };
+
+// Of two sums leading + rest, moves the leading 8 bits into `leading`. Nothing is lost, to 2^-32 of the sums; but where
+// `rest` is 2^16 times `leading` and more, after a cancellation, it is rounded once more.
+__device__ __forceinline__ void set_aside(__nv_bfloat162& leading, float& rest0, float& rest1) {
+  const float2 before = __bfloat1622float2(leading);
+  leading = __floats2bfloat162_rn(__fadd_rn(before.x, rest0), __fadd_rn(before.y, rest1));
+  const float2 after = __bfloat1622float2(leading);
+  rest0 = __fadd_rn(rest0, __fsub_rn(before.x, after.x));
+  rest1 = __fadd_rn(rest1, __fsub_rn(before.y, after.y));
+}
+
+// Makes `rest0` and `rest1` the two sums, rounded once.
+__device__ __forceinline__ void put_back(__nv_bfloat162 leading, float& rest0, float& rest1) {
+  const float2 values = __bfloat1622float2(leading);
+  rest0 = __fadd_rn(values.x, rest0);
+  rest1 = __fadd_rn(values.y, rest1);
+}

@@ -71,7 +71,7 @@ def test_variants_with_another_output_type_compile_without_spills(precision: str
     for group in (direct, others):
         largest = max((v.block_m * v.block_n for v in group), default=0)
         chosen += [v for v in group if v.block_m * v.block_n == largest]
-    assert len(chosen) == (10 if precision == "fp32" else 4), "two output types; two ways to store or sum"
+    assert len(chosen) == (8 if precision == "fp32" else 4), "two output types, two ways to store; fp32: two to sum"
     for variant in chosen:
         check_code(variant, "sm_90a")
 
@@ -138,10 +138,10 @@ def test_machine_code_of_hopper_variants(precision: str, tmp_path: Path) -> None
 
 
 def test_machine_code_of_split_variants(tmp_path: Path) -> None:
-    """Six wgmmas for 32 of k, unrolled by the k-tiles between promotions, each of which is one addition an accumulator;
-    the rest as in the other Hopper kernel."""
+    """Six wgmmas for 32 of k, unrolled by the k-tiles between promotions, each of which is one addition an accumulator.
+    Totals are folded while products are in flight; the rest as in the other Hopper kernel."""
     variants = [v for v in all_variants("sm_90a") if v.kernel == "fused_linear_split_sm90"]
-    assert len(variants) == 11
+    assert len(variants) == 8
     for variant in variants:
         compiled = compile_variant(variant, "sm_90a")
         found, where = instructions(compiled, tmp_path), variant.description
@@ -149,10 +149,12 @@ def test_machine_code_of_split_variants(tmp_path: Path) -> None:
         assert found["UTMALDG"] == 2 and found["USETMAXREG"] == 2, where
         assert found["LDL"] == found["STL"] == 0, where
         names = [name.partition(".")[0] for name in operations(compiled, tmp_path)]
-        loop_end = names[len(names) - names[::-1].index("HGMMA") :]
-        assert loop_end[: loop_end.index("BRA")].count("FADD") == variant.block_n // 2, where
-        additions = found["FADD"] / (variant.block_n // 2)  # an accumulator's, with the tail's
-        assert 7 <= additions < 9 if "compensated" in where else 4 <= additions < 6, where
+        queued = names[len(names) - names[::-1].index("HGMMA") :]
+        waited = queued.index("WARPGROUP")
+        in_flight, loop_end = queued[:waited], queued[waited:]
+        assert in_flight.count("FADD") >= 3 * variant.block_n // 2 - 8, where  # the compiler may hold some back
+        additions = in_flight.count("FADD") + loop_end[: loop_end.index("BRA")].count("FADD")
+        assert additions == 4 * variant.block_n // 2, where
 
 
 def test_split_rows_compiles_without_spills() -> None:

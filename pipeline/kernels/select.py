@@ -34,7 +34,6 @@ _ROW_BYTES = 128  # one k-tile's row in shared memory
 # in_features up to which SIMT sums in compensated blocks of 8 (csrc/fused_linear_simt.cu), and the split kernel
 # promotes its accumulators every 32 of k, not 64: the vendor's library splits short sums finely.
 _FINE_SUMS_UP_TO = 1024
-_PLAIN_SUMS_UP_TO = 8192  # in_features; longer sums of split operands are compensated (csrc/operands.cuh)
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,6 @@ class _HopperTile:
     stages: int
     rate: float
     any_store: bool = False  # also instantiated for outputs that TMA can't write
-    compensated: bool = True  # split operands: also for compensated sums, whose registers it leaves room for
 
 
 # Rates: H200, from bursts of 25 ms, in which widths hardly differ (`scripts/bench kernel --every-tile`), and of 0.45 s,
@@ -100,15 +98,15 @@ _HOPPER_TILES = (
     _HopperTile(64, 128, 8, 0.83),
     _HopperTile(64, 64, 12, 0.4, any_store=True),
 )
-# Two consumers side by side, each with 64 rows and two sets of accumulators, three for compensated sums. Rates: H200,
-# 0.4 s at a time; at 8192 rows 168 wide is 1.055 times as fast as 128 wide, of which 1.016 are fewer waves. That of 64
-# wide is an estimate.
+# Two consumers side by side, each with 64 rows and two and a half sets of accumulators. Rates: H200, 0.4 s at a time,
+# before there was the half set; at 8192 rows 168 wide is 1.055 times as fast as 128 wide, of which 1.016 are fewer
+# waves. That of 64 wide is an estimate.
 _SPLIT_TILES = (
-    _HopperTile(128, 168, 5, 1.0, compensated=False),
+    _HopperTile(128, 168, 5, 1.0),
     _HopperTile(128, 128, 6, 0.963, any_store=True),
     _HopperTile(128, 64, 8, 0.86),
 )
-# The same through mma.sync, with three sets of accumulators. Rates are estimates.
+# The same through mma.sync. Rates are estimates.
 _SPLIT_MMA_TILES = (
     _Tile(128, 128, 4, 2, 3, 1, 1.0, any_alignment=True),
     _Tile(64, 64, 2, 2, 4, 2, 0.7, any_alignment=True),
@@ -246,7 +244,7 @@ def _variant(problem: Problem, tile: _Tile, load_bytes: int, listed: bool = Fals
         threads, row_bytes = tile.threads_m * tile.threads_n, _ROW_BYTES + 16
     elif precision == "fp32":
         kernel, sums = "fused_linear_split_sm80", ", sums of 32"
-        template = f"FusedLinearSm80<SplitFp16<1, true>, {out}, epilogue::SigmoidScaleResidual, {numbers}>"
+        template = f"FusedLinearSm80<SplitFp16<1>, {out}, epilogue::SigmoidScaleResidual, {numbers}>"
     else:
         kernel = "fused_linear_sm80"
         operands = f"Plain<{_CXX_TYPES[problem.in_dtype]}>"
@@ -273,10 +271,8 @@ def _hopper_variant(problem: Problem, tile: _HopperTile, tma_store: bool) -> Var
     precision, sums = problem.precision, ""
     if precision == "fp32":
         promote_every = 1 if problem.in_features <= _FINE_SUMS_UP_TO else 2
-        compensated = "true" if problem.in_features > _PLAIN_SUMS_UP_TO else "false"
-        operands = f"SplitFp16<{promote_every}, {compensated}>"
-        kernel, tail = "fused_linear_split_sm90", "SigmoidScaleResidual"
-        sums = f", sums of {32 * promote_every}" + (" compensated" if compensated == "true" else "")
+        kernel, operands = "fused_linear_split_sm90", f"SplitFp16<{promote_every}>"
+        tail, sums = "SigmoidScaleResidual", f", sums of {32 * promote_every}"
     else:
         kernel, operands = "fused_linear_sm90", f"Plain<{_CXX_TYPES[problem.in_dtype]}>"
         tail = "FastSigmoidScaleResidual"
@@ -360,7 +356,6 @@ def candidates(arch: str, problem: Problem, load_bytes: int, store_bytes: int = 
             _hopper_variant(problem, tile, store_bytes == 16)
             for tile in (_SPLIT_TILES if precision == "fp32" else _HOPPER_TILES)
             if tile.any_store or store_bytes == 16
-            if tile.compensated or problem.in_features <= _PLAIN_SUMS_UP_TO
         ]
     if problem.in_features == 0:
         load_bytes = min(load_bytes, 4)  # nothing is loaded; these variants exist on every architecture
@@ -402,7 +397,7 @@ def all_variants(arch: str, *, every_output: bool = False) -> Iterator[Variant]:
         return
     yield split_rows_variant()
     for out_dtype in _outputs(FLOAT32, every_output):
-        for in_features in (_PLAIN_SUMS_UP_TO, _FINE_SUMS_UP_TO, 65_536)[: 3 if arch == "sm_90a" else 1]:
+        for in_features in (8192, _FINE_SUMS_UP_TO)[: 2 if arch == "sm_90a" else 1]:
             for store_bytes in (16, 4)[: 2 if arch == "sm_90a" else 1]:
                 yield from candidates(arch, Problem(FLOAT32, out_dtype, "fp32", in_features, 8192), 16, store_bytes)
         for load_bytes in (16, 4):
