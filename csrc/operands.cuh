@@ -32,10 +32,10 @@ struct Plain {
 // additions, which round to nearest. The small products come first, while the accumulators are small: two truncations a
 // k-tile are left at full magnitude.
 //
-// NOTE: each ordinary addition rounds the total, by 2^-25 of it on average; over a long sum that adds up to more than all
-// else. So every kFoldGroups additions, 512 of k, the leading bits of the total are set aside (`set_aside`) and additions
-// go on with the small rest: they round as if sums were 512 long, whatever K is. It takes half a register a sum, where
-// Kahan's compensation takes a whole one and three additions for each.
+// NOTE: each ordinary addition rounds the total, by 2^-25 of it on average; over a long sum that adds up to more than
+// all else. So every kFoldGroups additions, 512 of k, the leading bits of the total are set aside (`set_aside`) and
+// additions go on with the small rest: they round as if sums were 512 long, whatever K is. It takes half a register a
+// sum, where Kahan's compensation takes a whole one and three additions for each.
 template <int kPromoteEvery_>
 struct SplitFp16 {
   using Element = __half;
