@@ -59,6 +59,14 @@ def test_split_error_does_not_grow_with_in_features(in_features: int) -> None:
     assert frobenius <= 1.7e-7
 
 
+@pytest.mark.parametrize("in_features", [300, 5000])
+def test_split_sums_of_small_integers_are_exact(in_features: int) -> None:
+    """As in fp32: nothing needs rounding, so nothing is."""
+    torch.manual_seed(in_features)
+    x, w = (torch.randint(-20, 21, (rows, in_features), device="cuda").float() for rows in (200, 300))
+    assert torch.equal(product(x, w, "fp32").double(), x.double() @ w.double().T)
+
+
 @pytest.mark.parametrize("out_features", [1, 131, 512])
 @pytest.mark.parametrize("rows", [1, 63, 130, 1000])
 def test_split_layer_on_ragged_sizes(rows: int, out_features: int) -> None:
