@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -36,9 +36,9 @@ from pipeline.io.jobs import Cast, CopyJob
 from pipeline.io.native import open_workers
 from pipeline.io.rows import Chunk, Gather, Sink, Source
 from pipeline.io.sinks import CudaSink, open_sink, wrapper
-from pipeline.io.sources import ArraySource, CudaSource, mapped_file, open_source
+from pipeline.io.sources import ArraySource, CudaSource, mapped_file, open_source, source_file
 from pipeline.layer import FusedLinear
-from pipeline.report import Stats, advice, bound, ceiling_rows_per_s, mean_share, stage_stats
+from pipeline.report import Ends, Stats, advice, bound, ceiling_rows_per_s, comparable, mean_share, stage_stats
 from pipeline.timeline import Timeline, device_use, from_recorders
 from pipeline.trace import check_trace, write_trace
 from pipeline.tune import Tuning
@@ -251,12 +251,14 @@ class Pipeline:
                     exact_rows_before = self._exact_rows()
                     record = self._run(opened, sink, progress, threading.Event(), keep)
                     value = sink.finish(record.rows)
+                    record = record.completed()
                 except BaseException:
                     sink.abort()
                     raise
             finally:
                 opened.close()
-            result = Result(value, self._stats(opened, record, self._exact_rows() - exact_rows_before))
+            exact_rows = self._exact_rows() - exact_rows_before
+            result = Result(value, self._stats(opened, sink, record, exact_rows))
             if trace is not None:
                 write_trace(trace, record.timeline(), result.stats.as_dict())
             return result
@@ -381,7 +383,7 @@ class Pipeline:
             raise errors[0]
         seconds = lanes[0].device.now() - start
         hardware = {lane.device.name: lane.device.description for lane in lanes}
-        return _Record(done.rows, start, seconds, recorders, hardware)
+        return _Record(done.rows, lanes[0].device, start, seconds, recorders, hardware)
 
     def _tune(self, source: Source, sink: Sink) -> None:
         """Measure this machine's copies, once and where the run is large enough, and stage rows as suits them."""
@@ -446,9 +448,12 @@ class Pipeline:
     def _exact_rows(self) -> int:
         return sum(lane.device.exact_rows() for lane in self._lanes)
 
-    def _stats(self, source: Source, record: _Record, exact_rows: int) -> Callable[[], Stats]:
+    def _stats(self, source: Source, sink: Sink, record: _Record, exact_rows: int) -> Callable[[], Stats]:
         """What computes the figures of a run, whatever becomes of this Pipeline meanwhile."""
-        layer, rows, seconds, ceilings = self.layer, record.rows, record.seconds, dict(self.ceilings)
+        layer, rows, seconds = self.layer, record.rows, record.seconds
+        ends = _ends(source, sink)
+        finish_share = record.finish_s / seconds if seconds else 0.0
+        ceilings = {name: comparable(self.ceilings[name], ends) for name in record.hardware if name in self.ceilings}
         lanes = [lane for lane in self._lanes if lane.device.name in record.hardware]
         rings = [ring for lane in lanes for ring in (lane.executor.ring_in, lane.executor.ring_out)]
         bytes_in = rows * layer.in_features * layer.dtype.itemsize
@@ -459,13 +464,14 @@ class Pipeline:
             Stats,
             rows=rows,
             seconds=seconds,
+            finish_s=record.finish_s,
             rows_per_s=rows / seconds if seconds else 0.0,
             bytes_in=bytes_in,
             bytes_out=bytes_out,
             gb_per_s_in=bytes_in / seconds / 1e9 if seconds else 0.0,
             gb_per_s_out=bytes_out / seconds / 1e9 if seconds else 0.0,
             tflops=flop / seconds / 1e12 if seconds else 0.0,
-            ceilings={name: ceilings[name] for name in record.hardware if name in ceilings},
+            ceilings=ceilings,
             devices=record.hardware,
             kernel=lanes[0].device.kernel,
             precision=layer.precision,
@@ -487,8 +493,8 @@ class Pipeline:
             stages = stage_stats(record.recorders, seconds, uses, ceilings, flop)
             return known(
                 stages=stages,
-                bound=bound(stages),
-                advice=advice(stages, runs_as, on_cpu=on_cpu),
+                bound=bound(stages, finish_share),
+                advice=advice(stages, runs_as, on_cpu, ends, finish_share),
                 kernel_hidden_share=mean_share([use.kernel_hidden_share for use in uses]),
                 copy_hidden_share=mean_share([use.copy_hidden_share for use in uses]),
                 chunks=stages["kernel"].count,
@@ -502,10 +508,17 @@ class _Record:
     """What a run leaves behind."""
 
     rows: int
+    clock: Device  # whose moments these are
     start_s: float
     seconds: float
     recorders: list[Recorder]
     hardware: dict[str, str]  # of the devices that took part
+    finish_s: float = 0.0  # of `seconds`, after the last row was stored
+
+    def completed(self) -> _Record:
+        """The record of a run whose result was completed just now."""
+        seconds = self.clock.now() - self.start_s
+        return replace(self, seconds=seconds, finish_s=seconds - self.seconds)
 
     def timeline(self) -> Timeline:
         return from_recorders(self.recorders, self.start_s, self.hardware)
@@ -613,6 +626,12 @@ def _layer_on_the_wire(layer: FusedLinear, wire: DType, workers: Workers) -> Fus
         return rounded
 
     return layer.rounded_to(wire, narrow)
+
+
+def _ends(source: Source, sink: Sink) -> Ends:
+    if isinstance(source, BatchSource):
+        return Ends("batches", sink.where)
+    return Ends("memory" if source_file(source) is None else "file", sink.where)
 
 
 def _auto_chunk_rows(layer: FusedLinear, wire_in: DType, wire_out: DType) -> int:

@@ -76,6 +76,8 @@ def verdict(stats: dict[str, Any] | None) -> str:
     """The bound against its ceiling, and the advice."""
     if stats is None or stats["bound"] == "none":
         return ""
+    if stats["bound"] == "disk":
+        return f"Bound by the disk, which wrote on after the last row. To go faster: {stats['advice']}."
     stage = stats["stages"][stats["bound"]]
     text = f"Bound by {stats['bound']}: busy {stage['busy_share']:.0%} of the run"
     if stage["ceiling_share"] is not None:

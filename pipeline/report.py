@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.instrument import STAGES, Ceilings, Recorder
@@ -34,11 +34,20 @@ class StageStats:
 
 
 @dataclass(frozen=True)
+class Ends:
+    """Where a run's rows come from and go to, as far as ceilings and advice depend on it."""
+
+    source: str = "memory"  # or "file", "batches"
+    target: str = "memory"  # or "fresh memory", "file"
+
+
+@dataclass(frozen=True)
 class Stats:
     """The figures of one run. Seconds are wall time, GB/s are 1e9 bytes a second."""
 
     rows: int
-    seconds: float
+    seconds: float  # until the result is complete
+    finish_s: float  # of these, after the last row was stored: a file is synced and gets its name
     rows_per_s: float
     bytes_in: int
     bytes_out: int
@@ -46,7 +55,7 @@ class Stats:
     gb_per_s_out: float
     tflops: float
     stages: dict[str, StageStats]
-    bound: str  # the stage nearest to its limit (see `nearness`); "none" for an empty run
+    bound: str  # the stage nearest to its limit, or "disk" (see `bound`); "none" for an empty run
     advice: str  # one sentence: what would make the run faster; "" for an empty run
     ceilings: dict[str, Ceilings]  # of the devices that have measured ones
     kernel_hidden_share: float | None  # of the kernels' time, spent while a copy ran as well
@@ -88,6 +97,8 @@ class Stats:
             f"{self.staging_origin}",
             *stage_table(self.stages),
         ]
+        if self.finish_s > 0.01 * self.seconds:
+            out.append(f"the result was completed for {self.finish_s:.3f} s after its last row was stored")
         if self.bound != "none":
             out.append(self.bound_line())
             out.append(f"to go faster: {self.advice}")
@@ -97,6 +108,10 @@ class Stats:
 
     def bound_line(self) -> str:
         """The bound, its use, and how near it came to its measured ceiling."""
+        if self.bound == "disk":
+            return (
+                f"bound by disk: {self.finish_s / self.seconds:.0%} of the time went by after the last row was stored"
+            )
         stage = self.stages[self.bound]
         text = f"bound by {self.bound}: busy {stage.busy_share:.0%} of the time"
         if stage.ceiling is not None and stage.ceiling_share is not None:
@@ -172,17 +187,39 @@ def nearness(stage: StageStats) -> float:
     return max(stage.busy_share, stage.ceiling_share or 0.0)
 
 
-def bound(stages: Mapping[str, StageStats]) -> str:
-    """The stage nearest to its limit."""
+def bound(stages: Mapping[str, StageStats], finish_share: float = 0.0) -> str:
+    """The stage nearest to its limit; "disk" where completing the result took more of the time than any was busy."""
     nearest = max(stages, key=lambda name: nearness(stages[name]))
-    return nearest if stages[nearest].count else "none"
+    if not stages[nearest].count:
+        return "none"
+    return "disk" if finish_share > nearness(stages[nearest]) else nearest
 
 
-def advice(stages: Mapping[str, StageStats], runs_as: str, on_cpu: bool) -> str:
+_FILL_ADVICE = {
+    "memory": "copying from the source is the limit: pinned memory as the source (pipeline.pin), or more copy workers",
+    "file": "reading the file is the limit: a faster disk, more memory to cache it, or more copy workers",
+    "batches": "gathering batches is the limit: larger batches, a source that makes them sooner, or an array or a file",
+}
+_DRAIN_ADVICE = {
+    "memory": "storing the result is the limit: pinned memory as the output (pipeline.pin), or more copy workers",
+    "fresh memory": "storing the result in fresh memory is the limit: pass an `out` that was written before",
+    "file": "writing the file is the limit: a faster disk, or more copy workers",
+}
+
+
+def advice(
+    stages: Mapping[str, StageStats],
+    runs_as: str,
+    on_cpu: bool,
+    ends: Ends = Ends(),
+    finish_share: float = 0.0,
+) -> str:
     """One sentence: what would make a run with these stages faster."""
-    name = bound(stages)
+    name = bound(stages, finish_share)
     if name == "none":
         return ""
+    if name == "disk":
+        return "the disk still wrote when all rows were stored: a faster disk, or a narrower out_dtype"
     stage = stages[name]
     if nearness(stage) < _MOSTLY_BUSY:
         return (
@@ -202,9 +239,16 @@ def advice(stages: Mapping[str, StageStats], runs_as: str, on_cpu: bool) -> str:
     if name == "kernel":
         lower = {"ieee": "precision='tf32' if its accuracy will do, or ", "tf32": "bfloat16 or float16 data, or "}
         return f"the GPU's arithmetic is used up: {lower.get(runs_as, '')}another GPU"
-    if name == "fill":
-        return "reading the source is the limit: pinned memory as the source, faster files, or more copy workers"
-    return "storing the result is the limit: pinned memory as the output, a faster disk, or more copy workers"
+    return _FILL_ADVICE[ends.source] if name == "fill" else _DRAIN_ADVICE[ends.target]
+
+
+def comparable(found: Ceilings, ends: Ends) -> Ceilings:
+    """The ceilings that a run between these ends can be compared with: those of fills and drains are of memory."""
+    return replace(
+        found,
+        fill_gb_per_s=found.fill_gb_per_s if ends.source == "memory" else None,
+        drain_gb_per_s=found.drain_gb_per_s if ends.target == "memory" else None,
+    )
 
 
 def ceiling_rows_per_s(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from device_tests import random_layer, random_rows
 
-from pipeline import Pipeline, Progress
+from pipeline import Pipeline, Progress, run_pipelined
 from pipeline.instrument import STAGES, Ceilings, Recorder
-from pipeline.report import StageStats, advice, bound, ceiling_rows_per_s, stage_stats
+from pipeline.report import Ends, StageStats, advice, bound, ceiling_rows_per_s, stage_stats
 
 
 def stages(**busy_shares: float) -> dict[str, StageStats]:
@@ -43,7 +46,7 @@ def test_stats_compare_with_the_ceilings_of_all_devices() -> None:
         ({"D2H": 0.99}, "bfloat16", "the bus is used up: another GPU"),
         ({"kernel": 0.99, "H2D": 0.2}, "ieee", "precision='tf32'"),
         ({"kernel": 0.99}, "bfloat16", "arithmetic is used up: another GPU"),
-        ({"fill": 0.99}, "tf32", "reading the source"),
+        ({"fill": 0.99}, "tf32", "copying from the source"),
         ({"drain": 0.99}, "tf32", "storing the result"),
         ({"H2D": 0.3, "kernel": 0.2}, "tf32", "no stage is busy most of the time (H2D is for 30%)"),
         ({}, "tf32", ""),
@@ -59,6 +62,49 @@ def test_advice_tells_a_busy_bus_from_a_used_up_one() -> None:
     slow = {**stages(), "H2D": StageStats(1, 0, 0.0, 0.98, ceiling_share=0.5)}
     assert "only 50% of what it can" in advice(slow, "tf32", on_cpu=False)
     assert "a GPU" in advice(stages(kernel=0.99), "ieee", on_cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("busy", "ends", "said"),
+    [
+        ("fill", Ends("file"), "reading the file"),
+        ("fill", Ends("batches"), "gathering batches"),
+        ("drain", Ends("file", "file"), "writing the file"),
+        ("drain", Ends("memory", "fresh memory"), "written before"),
+    ],
+)
+def test_advice_goes_by_where_rows_come_from_and_go(busy: str, ends: Ends, said: str) -> None:
+    assert said in advice(stages(**{busy: 0.99}), "tf32", on_cpu=False, ends=ends)
+
+
+def test_disk_that_writes_after_the_last_row_is_the_bound() -> None:
+    found = stages(H2D=0.5, kernel=0.3)
+    assert (bound(found, 0.4), bound(found, 0.6)) == ("H2D", "disk")
+    assert "a faster disk" in advice(found, "tf32", on_cpu=False, finish_share=0.6)
+
+
+@pytest.mark.parametrize("slow_s", [0.0, 0.3])
+def test_seconds_of_a_run_hold_what_completing_its_result_took(
+    slow_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+    monkeypatch.setattr("os.fsync", lambda fd: (time.sleep(slow_s), fsync(fd)))
+    start = time.perf_counter()
+    stats = run_pipelined(random_layer(24, 16), random_rows(300, 24), tmp_path / "y.npy", devices="cpu").stats
+    assert slow_s <= stats.finish_s <= stats.seconds <= time.perf_counter() - start
+    assert stats.rows_per_s == pytest.approx(300 / stats.seconds)
+    if slow_s:
+        assert stats.bound == "disk" and "bound by disk" in str(stats) and "after its last row" in str(stats)
+
+
+def test_files_are_not_compared_with_the_ceilings_of_memory(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", random_rows(300, 24))
+    with Pipeline(random_layer(24, 16), devices="cpu") as pipeline:
+        pipeline.ceilings["cpu"] = Ceilings(1.0, 1.0, 1.0, 1.0)
+        stages = pipeline.run(tmp_path / "x.npy", tmp_path / "y.npy").stats.stages
+        of_memory = pipeline.run(np.asfortranarray(random_rows(300, 24)), np.empty((300, 16), np.float32)).stats.stages
+    assert stages["fill"].ceiling is stages["drain"].ceiling is None and stages["H2D"].ceiling == 1.0
+    assert of_memory["fill"].ceiling == 1.0
 
 
 def test_copy_workers_at_their_ceiling_are_the_bound_though_neither_fill_nor_drain_is_always_busy() -> None:

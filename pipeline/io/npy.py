@@ -73,6 +73,8 @@ class FileTarget:
 class NpyFileSink(Sink):
     """A new .npy file. It is written beside its path as `<name>.partial` and renamed when it is complete."""
 
+    where = "file"
+
     def __init__(
         self, path: Path, rows: int | None, out_features: int, dtype: DType, wire: DType, overwrite: bool
     ) -> None:

@@ -171,6 +171,8 @@ class Source(ABC):
 class Sink(ABC):
     """Takes the result's rows, chunk by chunk, in any order."""
 
+    where = "memory"  # that rows go to: "memory", "fresh memory" or "file"
+
     @abstractmethod
     def target(self, chunk: Chunk) -> TargetRows | DeviceRows:
         """Where the chunk's rows go."""

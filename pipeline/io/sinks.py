@@ -25,6 +25,7 @@ class ArraySink(Sink):
 
     def __init__(self, value: Any, array: HostArray, cast: Cast | None = None, *, fresh: bool = False) -> None:
         self._value, self._array, self._cast, self._fresh = value, array, cast, fresh
+        self.where = "fresh memory" if fresh else "memory"
 
     def target(self, chunk: Chunk) -> ArrayTarget:
         return ArrayTarget(self._array[chunk.row : chunk.row + chunk.rows], self._cast, fresh=self._fresh)
@@ -35,6 +36,8 @@ class ArraySink(Sink):
 
 class GrowingSink(Sink):
     """A new array for a source that doesn't know its length: a block a chunk, joined at the end."""
+
+    where = "fresh memory"
 
     def __init__(self, out_features: int, dtype: DType, cast: Cast | None, wrap: Any) -> None:
         self._features, self._dtype, self._cast, self._wrap = out_features, dtype, cast, wrap
