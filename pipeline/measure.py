@@ -28,8 +28,8 @@ _FEATURES = 8192
 _ROW_BYTES = _FEATURES * FLOAT32.itemsize
 _CHUNK_ROWS = 1024  # 32 MiB
 _CHUNK_BYTES = _CHUNK_ROWS * _ROW_BYTES
-_SOURCE_CHUNKS = 8  # 256 MiB of scratch: more than most caches hold, where no memory of the caller's can be read
-_TARGET_CHUNKS = 2  # stores that bypass the caches find nothing there however small it is
+_SOURCE_CHUNKS = 4  # 128 MiB of scratch: more than most caches hold, where no memory of the caller's can be read
+_TARGET_CHUNKS = 1  # stores that bypass the caches find nothing there however small it is
 RING_BYTES = 2 * _CHUNK_BYTES  # the most that a ring may hold in one direction
 _FEWEST_CHUNKS = 2 * DEFAULT_STREAMS  # of a trial on a slow machine, so that all slots have been used
 
@@ -113,7 +113,7 @@ class Copies:
     """What measures the copies of `devices`. Holds device memory, pinned and scratch memory until it is closed.
 
     `trial_s` is the length of one measurement, in seconds on the devices' clock. `source` is contiguous memory of the
-    caller's to read instead of scratch memory; one of less than 256 MiB isn't used.
+    caller's to read instead of scratch memory; one of less than 128 MiB isn't used.
 
     Raises:
         DeviceMemoryError: a device or the host lacks the memory.

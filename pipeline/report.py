@@ -246,8 +246,8 @@ def comparable(found: Ceilings, ends: Ends) -> Ceilings:
     """The ceilings that a run between these ends can be compared with: those of fills and drains are of memory."""
     return replace(
         found,
-        fill_gb_per_s=found.fill_gb_per_s if ends.source == "memory" else None,
-        drain_gb_per_s=found.drain_gb_per_s if ends.target == "memory" else None,
+        fill_gb_per_s=None if ends.source == "file" else found.fill_gb_per_s,
+        drain_gb_per_s=None if ends.target == "file" else found.drain_gb_per_s,
     )
 
 
