@@ -37,10 +37,12 @@ if TYPE_CHECKING:
 CPU_ROW_GRID = 64
 _CPU_MIN_FEATURES = 64  # narrower weights get zero output features, for the same reason
 ALIGNMENT_BYTES = 16  # of addresses and row strides in device memory
-# Rows and columns of one matrix product on the CPU: they bound the memory of its result before it is rounded. Narrower
-# products take longer for the same work.
-_CPU_BLOCK_ROWS = 512
-_CPU_BLOCK_COLUMNS = 512
+# Rows and columns of one matrix product on the CPU. Narrower products take longer for the same work.
+_CPU_PRODUCT_ROWS = 512
+_CPU_PRODUCT_COLUMNS = 512
+# Results before they are rounded, as many as fit a core's cache. Threads take turns to run Python, so that a narrow
+# layer's blocks have more rows than a product.
+_CPU_BLOCK_ELEMENTS = _CPU_PRODUCT_ROWS * _CPU_PRODUCT_COLUMNS
 
 
 def reference(x: Any, weight: Any, bias: Any, scaling_factor: float) -> npt.NDArray[np.float64]:
@@ -179,12 +181,14 @@ class HostWeights:
             weight = torch.nn.functional.pad(weight, (0, 0, 0, narrow))
             bias = None if bias is None else torch.nn.functional.pad(bias, (0, narrow))
         self.transposed, self.bias = weight.t(), bias
-        starts = range(0, max(1, len(weight) - _CPU_BLOCK_COLUMNS // 2), _CPU_BLOCK_COLUMNS)
+        starts = range(0, max(1, len(weight) - _CPU_PRODUCT_COLUMNS // 2), _CPU_PRODUCT_COLUMNS)
         edges = [*starts, len(weight)]  # the last block takes the rest
         self.column_blocks = [slice(*edge) for edge in itertools.pairwise(edges)]
         # NOTE: MKL's AVX-512 float64 product of 64 or 128 rows and more than 192 columns has other bits than that of
         # more rows, in one thread, too (torch 2.13, MKL 2024.2); float32 products of 64 to 512 rows have the same.
-        self.product_rows = CPU_ROW_GRID if self.compute_dtype == torch.float64 else _CPU_BLOCK_ROWS
+        self.product_rows = CPU_ROW_GRID if self.compute_dtype == torch.float64 else _CPU_PRODUCT_ROWS
+        widest = max(block.stop - block.start for block in self.column_blocks)
+        self.block_rows = max(_CPU_PRODUCT_ROWS, _CPU_BLOCK_ELEMENTS // widest // CPU_ROW_GRID * CPU_ROW_GRID)
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, scaling_factor: float, first_row: int = 0) -> None:
         """out[:] = layer(x), rounded once. `first_row` is the row's number in its dataset (see CPU_ROW_GRID).
@@ -197,7 +201,7 @@ class HostWeights:
         rows, lead = x.shape[0], first_row % CPU_ROW_GRID
         threads = torch.get_num_threads()
         share = -(-(rows + lead) // (threads * CPU_ROW_GRID)) * CPU_ROW_GRID
-        block_rows = max(CPU_ROW_GRID, min(_CPU_BLOCK_ROWS, share))
+        block_rows = max(CPU_ROW_GRID, min(self.block_rows, share))
         starts = range(-lead, rows, block_rows)
         parts = [self.column_blocks] if len(starts) >= threads else [[columns] for columns in self.column_blocks]
         scratch: deque[_Scratch] = deque()
