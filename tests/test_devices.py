@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
+import numpy as np
 import pytest
 from device_tests import DeviceTests, random_layer, random_rows, wait
 
@@ -120,15 +124,16 @@ def test_sim_touches_memory_only_at_start_and_end() -> None:
 class FakeEvents:
     """Events that fire when the test says so, in place of the pool's."""
 
-    base, base_s = "base", 100.0
-
     def __init__(self) -> None:
+        from pipeline.devices.cuda import _Base
+
+        self.base = _Base("base", 100.0)
         self.fired: dict[str, float] = {}  # seconds on the host's clock
         self.released: list[str] = []
 
     def elapsed_s(self, base: str, event: str) -> float:
-        assert base == self.base
-        return self.fired[event] - self.base_s
+        assert base == self.base.event
+        return self.fired[event] - self.base.host_s
 
     def release(self, event: str) -> None:
         self.released.append(event)
@@ -163,6 +168,49 @@ def test_cuda_operation_starts_when_it_is_queued_or_when_the_last_before_it_ends
     assert second.times() == (103.0, 105.0) and first.times() == (101.0, 103.0)
     assert sorted(events.released) == ["first", "kernel", "late", "second"]
     assert not late._before, "what came before isn't kept"
+    assert events.base.needed_by == 0
+
+
+def test_cuda_times_follow_the_hosts_clock_from_which_the_gpus_drifts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU whose clock is slow by 100 ppm, ten minutes of copies one after the other, and one that takes long."""
+    from types import SimpleNamespace
+
+    from pipeline.devices import cuda
+
+    clock, events = SimpleNamespace(now_s=0.0), itertools.count()
+    fired: dict[int, float] = {}  # on the GPU's clock
+
+    def record(event: int, stream: object) -> tuple[int]:
+        fired[event] = clock.now_s * (1 - 1e-4)
+        return (0,)
+
+    def call(name: str, *arguments: Any) -> Any:
+        if name == "cuEventCreate":
+            return next(events)
+        if name == "cuEventElapsedTime":
+            start, end = arguments
+            return float(np.float32((fired[end] - fired[start]) * 1e3))
+        assert name == "cuEventSynchronize"
+        clock.now_s += 5e-6
+
+    api = SimpleNamespace(
+        cuEventRecord=record, cuEventQuery=lambda event: (0,), CUresult=SimpleNamespace(CUDA_ERROR_NOT_READY=600)
+    )
+    monkeypatch.setattr(cuda, "driver", lambda: api)
+    monkeypatch.setattr(cuda, "call", call)
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now_s)
+    pool = cuda._EventPool("stream")
+    slow_start_s = clock.now_s
+    slow = cuda._CudaOperation(pool, pool.record("stream"), "kernel", slow_start_s, [])
+    while clock.now_s < 600:
+        pool.rebase()
+        queued_s = clock.now_s
+        clock.now_s += 0.01
+        copy = cuda._CudaOperation(pool, pool.record("stream"), "H2D copy", queued_s, [])
+        assert copy.done() and copy.times() == pytest.approx((queued_s, clock.now_s), abs=50e-6)
+    record(slow._end, "stream")
+    assert slow.done() and slow.times()[1] == pytest.approx(clock.now_s, rel=2e-4), "its base is still there"
+    assert next(events) < 20, "events are used again"
 
 
 def test_cuda_operation_never_ends_before_it_starts(events: FakeEvents) -> None:

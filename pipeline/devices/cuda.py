@@ -34,35 +34,54 @@ from pipeline.layer import FusedLinear
 __all__ = ["CudaDevice", "count_gpus"]
 
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # linux/prctl.h
-_REBASE_S = 30.0  # cuEventElapsedTime gives float32 milliseconds: 2 us of error after 30 s
+# NOTE: times mix two clocks, starts of the host's and ends of the GPU's. Crystals differ by some 1e-5: by 3 us after
+# this long, where a new base takes some 50 us.
+_REBASE_S = 0.25
+
+
+class _Base:
+    """A moment on both clocks: an event, and when it was on the host's."""
+
+    __slots__ = ("event", "host_s", "needed_by")
+
+    def __init__(self, event: Any, host_s: float) -> None:
+        self.event, self.host_s = event, host_s
+        self.needed_by = 0  # operations
 
 
 class _EventPool:
-    """Timing events, reused; and the base event that ties their times to the host's clock."""
+    """Timing events, reused; and the base that ties their times to the host's clock."""
 
     def __init__(self, stream: Any) -> None:
         self._free: deque[Any] = deque()
         self._all: list[Any] = []
         self._stream = stream
         self._record = driver().cuEventRecord
-        self.base, self.base_s = self._new_base()
+        self.base = self._new_base()
+        self._old_bases: list[_Base] = []
 
     def _create(self) -> Any:
         event = call("cuEventCreate", 0)
         self._all.append(event)
         return event
 
-    def _new_base(self) -> tuple[Any, float]:
-        """An event and its time on the host's clock: of some, the one that two readings of the clock enclose best."""
-        found = []
-        for _ in range(5):
-            event, before_s = self._create(), time.perf_counter()
-            call("cuEventRecord", event, self._stream)
+    def _new_base(self) -> _Base:
+        """Of some moments, the one that two readings of the host's clock enclose best."""
+        best: _Base | None = None
+        best_s = float("inf")
+        for _ in range(3):
+            before_s = time.perf_counter()
+            event = self.record(self._stream)
             call("cuEventSynchronize", event)
             after_s = time.perf_counter()
-            found.append((after_s - before_s, event, (before_s + after_s) / 2))
-        _, event, event_s = min(found, key=lambda each: each[0])
-        return event, event_s
+            unused = event
+            if after_s - before_s < best_s:
+                unused = None if best is None else best.event
+                best, best_s = _Base(event, (before_s + after_s) / 2), after_s - before_s
+            if unused is not None:
+                self.release(unused)
+        assert best is not None
+        return best
 
     def record(self, stream: Any) -> Any:
         event = self._free.popleft() if self._free else self._create()
@@ -75,15 +94,14 @@ class _EventPool:
         self._free.append(event)
 
     def rebase(self) -> None:
-        """Take a new base event, timed against the old one, so that float32 milliseconds stay exact enough.
-
-        NOTE: the old base is kept for the operations that still refer to it; one event each 30 s.
-        """
-        if time.perf_counter() - self.base_s > _REBASE_S:
-            event = self.record(self._stream)
-            call("cuEventSynchronize", event)
-            self.base_s += self.elapsed_s(self.base, event)
-            self.base = event
+        """Take a new base where this one has aged: the two clocks drift apart, and events are far from it."""
+        if time.perf_counter() - self.base.host_s < _REBASE_S:
+            return
+        self._old_bases.append(self.base)
+        self.base = self._new_base()
+        for base in [base for base in self._old_bases if not base.needed_by]:
+            self._old_bases.remove(base)
+            self.release(base.event)
 
     def elapsed_s(self, start: Any, end: Any) -> float:
         return float(call("cuEventElapsedTime", start, end)) * 1e-3
@@ -103,11 +121,12 @@ class _CudaOperation:
     record it, 0.7 to ask for its time).
     """
 
-    __slots__ = ("_base", "_base_s", "_before", "_end", "_pool", "_queued_s", "_times", "_what")
+    __slots__ = ("_base", "_before", "_end", "_pool", "_queued_s", "_times", "_what")
 
     def __init__(self, pool: _EventPool, end: Any, what: str, queued_s: float, before: list[_CudaOperation]) -> None:
         self._pool, self._end, self._what, self._queued_s, self._before = pool, end, what, queued_s, before
-        self._base, self._base_s = pool.base, pool.base_s
+        self._base = pool.base
+        self._base.needed_by += 1
         self._times: tuple[float, float] | None = None
 
     def done(self) -> bool:
@@ -119,10 +138,11 @@ class _CudaOperation:
             return False
         if code != 0:
             raise call_error(self._what, code)
-        end_s = self._base_s + self._pool.elapsed_s(self._base, self._end)
+        end_s = self._base.host_s + self._pool.elapsed_s(self._base.event, self._end)
         starts = [self._queued_s] + [before.times()[1] for before in self._before if before.done()]
         self._times = (min(max(starts), end_s), end_s)
         self._pool.release(self._end)
+        self._base.needed_by -= 1
         self._before = []
         return True
 
@@ -207,7 +227,7 @@ class CudaDevice(Device):
         layer = self._layer
         self._w_split = self._allocate_split(layer.out_features, self._weights, "the weight's parts")
         self._exact_rows = self._allocate(8, self._weights, "a counter")
-        call("cuMemsetD32", self._exact_rows, 0, 2)
+        call("cuMemsetD32Async", self._exact_rows, 0, 2, self._control)
         split = PreparedSplit(self._launcher, self._w, self._stride, layer.out_features, self._w_split)
         split.queue(int(self._control))
         call("cuStreamSynchronize", self._control)
@@ -226,7 +246,8 @@ class CudaDevice(Device):
 
     def _upload_bias(self, array: HostArray) -> int:
         address = self._allocate(array.nbytes, self._weights, "the bias")
-        call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
+        call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self._control)
+        call("cuStreamSynchronize", self._control)
         return address
 
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
@@ -356,6 +377,7 @@ class CudaDevice(Device):
     @contextmanager
     def running(self) -> Iterator[None]:
         """Short sleeps are short: by default Linux lets a thread sleep for 50 us longer than it asks for."""
+        self._events.rebase()
         prctl = _prctl()
         if prctl is None:
             yield
@@ -373,9 +395,11 @@ class CudaDevice(Device):
 
     def synchronize(self) -> None:
         self.bind()
-        for stream in self._streams:
-            call("cuStreamSynchronize", stream)
-        self._latest.clear()
+        try:
+            for stream in self._streams:
+                call("cuStreamSynchronize", stream)
+        finally:
+            self._latest.clear()
 
     def close(self) -> None:
         """Free everything. Errors of the driver are of no use any more and are not raised: a lost GPU frees nothing."""
