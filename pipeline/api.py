@@ -17,15 +17,14 @@ import numpy as np
 
 from pipeline.arrays import HostArray
 from pipeline.config import (
-    BFLOAT16,
     DEFAULT_STREAMS,
-    FLOAT16,
-    FLOAT32,
     FLOAT64,
     GIB,
     DType,
     auto_chunk_rows,
     parse_dtype,
+    rows_a_chunk,
+    wire_dtypes,
 )
 from pipeline.devices.base import Device, Workers, find_devices, open_device
 from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError
@@ -44,7 +43,6 @@ from pipeline.trace import check_trace, write_trace
 from pipeline.tune import Tuning
 
 _run_numbers = itertools.count()
-_FEWEST_CHUNKS, _FEWEST_ROWS = 8, 256  # of an automatic choice; a kernel on fewer rows leaves multiprocessors idle
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ class Pipeline:
             )
         self.layer = layer
         self.out_dtype: DType = layer.dtype if out_dtype is None else parse_dtype(out_dtype, "out_dtype")
-        self.wire_in, self.wire_out = _wire_dtypes(layer, wire_dtype, self.out_dtype)
+        self.wire_in, self.wire_out = wire_dtypes(layer.dtype, wire_dtype, self.out_dtype)
         self._chooses_rows = chunk_rows == "auto"
         self.chunk_rows = _whole_number(chunk_rows, "chunk_rows") or _auto_chunk_rows(
             layer, self.wire_in, self.wire_out
@@ -430,8 +428,7 @@ class Pipeline:
         """The rows of a run's chunks: `chunk_rows`, or fewer where they were to be chosen and the source is short."""
         if not self._chooses_rows or source.rows is None:
             return self.chunk_rows
-        share = -(-source.rows // (_FEWEST_CHUNKS * devices))
-        return min(self.chunk_rows, max(_FEWEST_ROWS, -(-share // 128) * 128))
+        return rows_a_chunk(source.rows, devices, self.chunk_rows)
 
     def _gather_buffers(self) -> Callable[[int], HostArray]:
         """Allocates pinned chunk buffers for sources that gather rows, reusing those of earlier runs."""
@@ -594,25 +591,6 @@ def _whole_number(value: int | str, name: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise OptionError(f"{name} is {value!r}, expected 'auto' or a whole number of at least 1")
     return int(value)
-
-
-def _wire_dtypes(layer: FusedLinear, wire_dtype: Any, out_dtype: DType) -> tuple[DType, DType]:
-    """The element types in which rows cross the bus, in and out.
-
-    Raises:
-        DTypeError, OptionError: a wire_dtype that rows can't be rounded to while they are staged.
-    """
-    wire = layer.dtype if wire_dtype is None else parse_dtype(wire_dtype, "wire_dtype")
-    if wire is layer.dtype:
-        return wire, out_dtype
-    if layer.dtype is not FLOAT32 or wire not in (BFLOAT16, FLOAT16):
-        raise OptionError(
-            f"wire_dtype is {wire} for a layer of {layer.dtype}, expected 'bf16' or 'fp16' for a layer of float32; "
-            f"leave it out, or convert the data"
-        )
-    if out_dtype is FLOAT64:
-        raise OptionError(f"wire_dtype is {wire} and out_dtype float64: results of {wire} have no use for it")
-    return wire, out_dtype if out_dtype.itemsize == wire.itemsize else wire
 
 
 def _layer_on_the_wire(layer: FusedLinear, wire: DType, workers: Workers) -> FusedLinear:

@@ -18,6 +18,7 @@ CHUNK_BYTES = 32 * MIB  # of the wider of a chunk's two sides
 # NOTE: with 4, chunks fall into step, all loading and then all unloading, and lose overlap: 0.73 to 0.97 of the duplex
 # PCIe ceiling from run to run, against 0.96 with 6 (H200, pinned to pinned, 4096 -> 4096, tf32). 8 add nothing.
 DEFAULT_STREAMS = 6
+_FEWEST_CHUNKS, _FEWEST_ROWS = 8, 256  # of an automatic choice; a kernel on fewer rows leaves multiprocessors idle
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,25 @@ def parse_dtype(value: Any, what: str = "dtype") -> DType:
             f"x.astype('float32') or x.to(torch.float32)"
         )
     return DTYPES[name]
+
+
+def wire_dtypes(dtype: DType, wire_dtype: Any, out_dtype: DType) -> tuple[DType, DType]:
+    """The element types in which rows of `dtype` cross the bus, in and out, where results are of `out_dtype`.
+
+    Raises:
+        DTypeError, OptionError: a wire_dtype that rows can't be rounded to while they are staged.
+    """
+    wire = dtype if wire_dtype is None else parse_dtype(wire_dtype, "wire_dtype")
+    if wire is dtype:
+        return wire, out_dtype
+    if dtype is not FLOAT32 or wire not in (BFLOAT16, FLOAT16):
+        raise OptionError(
+            f"wire_dtype is {wire} for a layer of {dtype}, expected 'bf16' or 'fp16' for a layer of float32; "
+            f"leave it out, or convert the data"
+        )
+    if out_dtype is FLOAT64:
+        raise OptionError(f"wire_dtype is {wire} and out_dtype float64: results of {wire} have no use for it")
+    return wire, out_dtype if out_dtype.itemsize == wire.itemsize else wire
 
 
 PRECISIONS = ("fp32", "ieee", "tf32")
@@ -183,6 +203,13 @@ def native_copy() -> bool:
 def auto_chunk_rows(row_bytes: int) -> int:
     """Rows of a chunk of about 32 MiB, a multiple of 128 between 128 and 65,536; `row_bytes` is its wider side's."""
     return int(min(65_536, max(128, CHUNK_BYTES // row_bytes // 128 * 128)))
+
+
+def rows_a_chunk(rows: int, devices: int, most: int) -> int:
+    """Rows of the chunks of a run of `rows` rows on `devices` devices: `most`, or fewer where the run is so short that
+    its copies and kernels wouldn't overlap."""
+    share = -(-rows // (_FEWEST_CHUNKS * devices))
+    return min(most, max(_FEWEST_ROWS, -(-share // 128) * 128))
 
 
 def debug() -> bool:
