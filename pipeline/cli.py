@@ -67,6 +67,18 @@ def _count_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def _gb_per_s(text: str) -> float:
+    from pipeline.machine import is_rate
+
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not is_rate(rate):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected GB/s, a number above 0")
+    return rate
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
@@ -135,12 +147,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--precision", help="for float32 data: fp32 (default), ieee or tf32")
     where = "where the rows are: pinned, array or file (default array)"
     plan.add_argument("--source", default="array", metavar="WHERE", help=where)
-    plan.add_argument("--to", default="array", metavar="WHERE", help="where the result goes, likewise")
+    to = "where the result goes: pinned, array, file, or fresh, a new array (default array)"
+    plan.add_argument("--to", default="array", metavar="WHERE", help=to)
+    plan.add_argument("--wire-dtype", metavar="DTYPE", help=wire)
+    plan.add_argument("--out-dtype", metavar="DTYPE", help="element type of the result (default: the dataset's)")
     plan.add_argument("--chunk-rows", **auto, help="rows of one kernel launch (default auto)")  # type: ignore[arg-type]
     plan.add_argument("--num-streams", **auto, help="chunks in flight (default auto)")  # type: ignore[arg-type]
-    shared = "GB/s that all hosts together read and write on shared storage"
-    plan.add_argument("--storage-gb-per-s", type=float, metavar="X", help=shared)
-    plan.add_argument("--network-gb-per-s", type=float, metavar="X", help="GB/s each way of a host's network")
+    shared = "files lie on shared storage: GB/s that all hosts together read and write there"
+    plan.add_argument("--storage-gb-per-s", type=_gb_per_s, metavar="X", help=shared)
+    network = "files lie on shared storage: GB/s each way of a host's network"
+    plan.add_argument("--network-gb-per-s", type=_gb_per_s, metavar="X", help=network)
 
     command("info", _info, "Show devices, the kernels they get, versions and caches.")
 
@@ -333,25 +349,31 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from pipeline.config import DEFAULT_STREAMS, parse_dtype, parse_precision
+    from pipeline.config import DEFAULT_STREAMS, parse_dtype, parse_precision, wire_dtypes
     from pipeline.kernels.select import Problem, runs_as
-    from pipeline.plan import Job, Machine, predict
+    from pipeline.machine import Machine
+    from pipeline.plan import Job, predict
 
     dtype = parse_dtype(args.dtype, "dtype")
     precision = parse_precision(args.precision, dtype)
+    out_dtype = dtype if args.out_dtype is None else parse_dtype(args.out_dtype, "out_dtype")
+    wire, wire_out = wire_dtypes(dtype, args.wire_dtype, out_dtype)
+    problem = Problem(wire, wire_out, precision if wire is dtype else wire.name, args.in_features, args.out_features)
     machine = Machine.load(args.gpu)
     job = Job(
         args.rows,
         args.in_features,
         args.out_features,
         dtype,
-        runs_as(Problem(dtype, dtype, precision, args.in_features, args.out_features), machine.architecture),
+        runs_as(problem, machine.architecture),
         source=args.source,
         out=args.to,
         gpus=args.gpus,
         hosts=args.hosts,
         chunk_rows=None if args.chunk_rows == "auto" else args.chunk_rows,
         num_streams=DEFAULT_STREAMS if args.num_streams == "auto" else args.num_streams,
+        wire_dtype=wire,
+        out_dtype=out_dtype,
         storage_gb_per_s=args.storage_gb_per_s,
         network_gb_per_s=args.network_gb_per_s,
     )

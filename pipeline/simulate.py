@@ -1,100 +1,96 @@
-"""One GPU of a plan: the executor's own loop on the simulated device, with measured rates and without touching data."""
+"""One GPU of a plan: the executor's own loop on the simulated device, with measured rates and without data."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
-
-import numpy as np
+from typing import Any, cast
 
 from pipeline.arrays import HostArray
-from pipeline.config import DType
-from pipeline.devices.base import Operation
+from pipeline.config import DType, Staging
+from pipeline.devices.base import DeviceRows, Operation
 from pipeline.devices.sim import Engine, Hardware, SimDevice
 from pipeline.executor import Executor
 from pipeline.instrument import Recorder
 from pipeline.io.jobs import Job
 from pipeline.io.rows import Chunk, RangeFeed, Sink
-from pipeline.layer import FusedLinear
-from pipeline.report import bound, stage_stats
+from pipeline.report import stage_stats
+
+_CHUNKS, _PIECES = 240, 8_000  # simulated at most, but for as many chunks as it takes to fill and empty the lanes
+_STREAMS = 60  # simulated at most: a chunk that waits behind so many others changes nothing
 
 
 @dataclass(frozen=True)
-class Rates:
-    """Bytes and FLOP a second for one GPU and its share of the host. `copy` is for fills and drains together."""
+class Lanes:
+    """Rows a second that each lane of a GPU would move alone. Infinity stands for a lane that a job doesn't use.
 
-    h2d: float
-    d2h: float
-    flop: float
-    copy: float
+    `memory` is for fills and drains together, `fill_share` the part of its bytes that fills move. `pause_s` is what a
+    copy engine loses before the first copy of another chunk, which lies on another stream.
+    """
+
     fill: float
+    h2d: float
+    kernel: float
+    d2h: float
     drain: float
+    memory: float
+    fill_share: float
+    pause_s: float
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """What one GPU's lanes did. `steady_rows_per_s` is the rate while they were full."""
+    """What one GPU's lanes did with the first `rows` rows. `steady_rows_per_s` is the rate while they were full."""
 
     rows: int
     seconds: float
     steady_rows_per_s: float
-    bound: str
     busy_shares: dict[str, float]
-    pinned_bytes: int
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """All that the executor asks of a layer."""
+class Wire:
+    """Rows as they cross the bus: all that the executor asks of a layer, and the type of results."""
 
     in_features: int
     out_features: int
     dtype: DType
+    out_dtype: DType
 
 
 def simulate(
-    rates: Rates,
+    lanes: Lanes,
+    wire: Wire,
     rows: int,
-    in_features: int,
-    out_features: int,
-    dtype: DType,
     *,
-    source_pinned: bool,
-    out_pinned: bool,
+    staged_in: bool,
+    staged_out: bool,
     chunk_rows: int,
     num_streams: int,
 ) -> Simulated:
-    """Run `rows` rows through the executor on one simulated GPU, on a virtual clock and without data."""
-    device = _PlanDevice(rates)
-    shape = _Shape(in_features, out_features, dtype)
-    device.prepare(cast(FusedLinear, shape), dtype, chunk_rows)
-    device.allocate(chunk_rows, num_streams)
-    workers = _PlanWorkers(device, rates)
-    executor = Executor(device, workers, shape, dtype, num_streams)
-    source = _Rows(workers, "fill", np.empty((chunk_rows, in_features), dtype.carrier) if source_pinned else None)
-    target = _Rows(workers, "drain", np.empty((chunk_rows, out_features), dtype.carrier) if out_pinned else None)
+    """Run the first of `rows` rows through the executor on one simulated GPU. Rows of an end that isn't staged are
+    in pinned memory."""
+    num_streams = min(num_streams, _STREAMS, -(-rows // chunk_rows))
+    device = _PlanDevice(lanes)
+    workers = _PlanWorkers(device, lanes)
+    executor = Executor(device, workers, wire, wire.out_dtype, num_streams, Staging.default())
+    pieces = -(-chunk_rows // min(executor.ring_in.piece_rows, executor.ring_out.piece_rows))
+    chunks = min(_CHUNKS, max(4 * num_streams, _PIECES // pieces))
+    rows = min(rows, chunks * chunk_rows)
     recorder = Recorder("plan")
     done: list[tuple[float, int]] = [(0.0, 0)]
 
     def on_commit(chunk: Chunk) -> None:
         done.append((device.now(), done[-1][1] + chunk.rows))
 
-    feed = RangeFeed(rows, chunk_rows, lambda row, n: source.first(n))
-    executor.run(feed, _PlanSink(target), recorder, on_commit, threading.Event())
+    feed = RangeFeed(rows, chunk_rows, lambda row, n: _Rows(workers, "fill", n, staged_in))
+    executor.run(feed, _PlanSink(workers, staged_out), recorder, on_commit, threading.Event())
     seconds = device.now()
     # The rate while the lanes are full: between a third and the end of the commits, the last of which drain the slots.
     early, late = done[len(done) // 3], done[max(len(done) // 3 + 1, len(done) - 1 - num_streams)]
-    stages = stage_stats([recorder], seconds)
-    return Simulated(
-        rows,
-        seconds,
-        (late[1] - early[1]) / (late[0] - early[0]),
-        bound(stages),
-        {name: stage.busy_share for name, stage in stages.items()},
-        executor.ring_in.allocated_bytes + executor.ring_out.allocated_bytes,
-    )
+    busy_shares = {name: stage.busy_share for name, stage in stage_stats([recorder], seconds).items()}
+    return Simulated(rows, seconds, (late[1] - early[1]) / (late[0] - early[0]), busy_shares)
 
 
 class _PlanDevice(SimDevice):
@@ -102,47 +98,60 @@ class _PlanDevice(SimDevice):
 
     poison = False
 
-    def __init__(self, rates: Rates) -> None:
-        super().__init__(Hardware(rates.h2d, rates.d2h, rates.flop))
-
-    def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
-        self._layer, self._out_dtype = layer, out_dtype
-
-    def allocate(self, chunk_rows: int, num_streams: int) -> None:
-        rows = np.empty((chunk_rows, self._layer.in_features), self._layer.dtype.carrier)
-        results = np.empty((chunk_rows, self._layer.out_features), self._out_dtype.carrier)
-        self._inputs, self._outputs = [rows] * num_streams, [results] * num_streams
-        self._slot_free_at_s = [0.0] * num_streams
+    def __init__(self, lanes: Lanes) -> None:
+        super().__init__(Hardware(latency_s=0.0))
+        self._lanes = lanes
+        self._free_at_s: dict[int, float] = {}  # of each slot
+        self._latest_slot: dict[str, int] = {}  # of each engine
 
     def pinned(self, n_bytes: int) -> HostArray:
-        return np.empty(n_bytes, np.uint8)
+        return cast(HostArray, _NoMemory(n_bytes))
 
     def in_place(self, rows: HostArray) -> bool:
         return True  # asked only where a source or target shows its memory: the pinned ones do
 
-    def _queue(self, stage: str, slot: int, seconds: float, target: HostArray, work: Callable[[], None]) -> Operation:
-        operation = self.schedule(self._engines[stage], self._slot_free_at_s[slot], seconds, _nothing, _nothing)
-        self._slot_free_at_s[slot] = operation.end_s
+    def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
+        return self._copy("H2D", slot, len(rows) / self._lanes.h2d)
+
+    def compute(
+        self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
+    ) -> Operation:
+        return self._take("kernel", slot, rows / self._lanes.kernel)
+
+    def download(self, slot: int, first: int, rows: HostArray) -> Operation:
+        return self._copy("D2H", slot, len(rows) / self._lanes.d2h)
+
+    def _copy(self, stage: str, slot: int, seconds: float) -> Operation:
+        before = self._latest_slot.get(stage, slot)
+        self._latest_slot[stage] = slot
+        return self._take(stage, slot, seconds if before == slot else seconds + self._lanes.pause_s)
+
+    def _take(self, stage: str, slot: int, seconds: float) -> Operation:
+        operation = self.schedule(self._engines[stage], self._free_at_s.get(slot, 0.0), seconds, _nothing, _nothing)
+        self._free_at_s[slot] = operation.end_s
         return operation
 
 
 class _PlanWorkers:
-    """Copy workers on the virtual clock: all together one engine for memory, and one each for reading and storing."""
+    """Copy workers on the virtual clock: all together one engine for memory, and one each for fills and drains."""
 
     description = "copy workers (simulated)"
 
-    def __init__(self, device: _PlanDevice, rates: Rates) -> None:
-        self._device, self._rates = device, {"fill": rates.fill, "drain": rates.drain}
-        self._copy, self._memory_free_at_s = rates.copy, 0.0
+    def __init__(self, device: _PlanDevice, lanes: Lanes) -> None:
+        self._device = device
+        share = lanes.fill_share
+        self._row_s = {"fill": 1 / lanes.fill, "drain": 1 / lanes.drain}
+        self._memory_row_s = {"fill": share / lanes.memory, "drain": (1 - share) / lanes.memory}
+        self._memory_free_at_s = 0.0
         self._free_at_s = {"fill": 0.0, "drain": 0.0}
-        self.asked: tuple[str, int] = ("fill", 0)  # stage and bytes of the job that is being submitted
+        self.asked: tuple[str, int] = ("fill", 0)  # stage and rows of the job that is being submitted
 
     def submit(self, work: Callable[[], None]) -> Operation:
         work()
-        stage, n_bytes = self.asked
+        stage, rows = self.asked
         now = self._device.now()
-        self._memory_free_at_s = max(now, self._memory_free_at_s) + n_bytes / self._copy
-        self._free_at_s[stage] = max(now, self._free_at_s[stage]) + n_bytes / self._rates[stage]
+        self._memory_free_at_s = max(now, self._memory_free_at_s) + rows * self._memory_row_s[stage]
+        self._free_at_s[stage] = max(now, self._free_at_s[stage]) + rows * self._row_s[stage]
         end_s = max(self._memory_free_at_s, self._free_at_s[stage])
         return self._device.schedule(Engine(), now, end_s - now, _nothing, _nothing)
 
@@ -156,20 +165,38 @@ class _PlanWorkers:
         pass
 
 
+class _NoMemory:
+    """What the executor takes for rows in memory: so many of them, and no memory behind."""
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def view(self, dtype: Any) -> _NoMemory:
+        return self
+
+    def reshape(self, shape: tuple[int, int]) -> _NoMemory:
+        return _NoMemory(shape[0])
+
+    def __getitem__(self, rows: slice) -> _NoMemory:
+        return _NoMemory(min(rows.stop, self._rows))
+
+    def __setitem__(self, rows: slice, value: int) -> None:
+        pass  # PIPELINE_DEBUG overwrites pieces
+
+
 class _Rows:
-    """Rows that a chunk is read from or written to, without data: a copy only tells the workers how much it is. `array`
-    is the memory itself where that is pinned."""
+    """Rows of a chunk at one end: staged ones tell the copy workers how many they are, pinned ones show no memory."""
 
-    def __init__(self, workers: _PlanWorkers, stage: str, array: HostArray | None) -> None:
-        self._workers, self._stage, self.array = workers, stage, array
-
-    def first(self, rows: int) -> _Rows:
-        """The same for a chunk of `rows` rows."""
-        return _Rows(self._workers, self._stage, None if self.array is None else self.array[:rows])
+    def __init__(self, workers: _PlanWorkers, stage: str, rows: int, staged: bool) -> None:
+        self._workers, self._stage = workers, stage
+        self.array = None if staged else cast(HostArray, _NoMemory(rows))
 
     def fill(self, first: int, piece: HostArray) -> Job:
         def tell() -> None:
-            self._workers.asked = (self._stage, piece.nbytes)
+            self._workers.asked = (self._stage, len(piece))
 
         return tell
 
@@ -177,11 +204,11 @@ class _Rows:
 
 
 class _PlanSink(Sink):
-    def __init__(self, rows: _Rows) -> None:
-        self._rows = rows
+    def __init__(self, workers: _PlanWorkers, staged: bool) -> None:
+        self._workers, self._staged = workers, staged
 
     def target(self, chunk: Chunk) -> _Rows:
-        return self._rows.first(chunk.rows)
+        return _Rows(self._workers, "drain", chunk.rows, self._staged)
 
     def finish(self, rows: int) -> None:
         pass
@@ -189,3 +216,9 @@ class _PlanSink(Sink):
 
 def _nothing() -> None:
     pass
+
+
+def ring_bytes(row_bytes: int) -> int:
+    """Pinned bytes of a ring for rows of so many bytes."""
+    staging = Staging.default()
+    return staging.ring_pieces * max(1, staging.piece_bytes // row_bytes) * row_bytes

@@ -153,16 +153,16 @@ def kernel_rate(torch: Any, precision: str, shape: tuple[int, int, int], contend
 
 
 def measure_machine(torch: Any) -> dict[str, Any]:
-    """What pipeline.plan.Machine needs, as far as this process can measure it."""
+    """What pipeline.machine.Machine needs, as far as this process can measure it."""
     pinned = torch.zeros(COPY_BYTES, dtype=torch.uint8, pin_memory=True)
     device = torch.zeros(COPY_BYTES, dtype=torch.uint8, device="cuda")
     precisions = ("fp32", "ieee", "tf32", "bfloat16", "float16")
     return {
-        "h2d_gb_per_s": one_way(torch, pinned, device, True),
-        "d2h_gb_per_s": one_way(torch, pinned, device, False),
+        "h2d_gb_per_s": {"1": one_way(torch, pinned, device, True)},
+        "d2h_gb_per_s": {"1": one_way(torch, pinned, device, False)},
         "duplex_gb_per_s": {"1": duplex(torch)},
         "kernel_tflops": {name: kernel_rate(torch, name, (1024, 8192, 8192), "layer") for name in precisions},
-        "copy_gb_per_s": host_copies(torch),
+        "copy_gb_per_s": {"1": host_copies(torch)},
     }
 
 

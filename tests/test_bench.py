@@ -60,7 +60,7 @@ def test_capture_without_a_gpu_says_so(tmp_path: Path) -> None:
 def test_plan_errors_lists_the_runs_it_can_read() -> None:
     done = bench(script="plan_errors.py")
     assert done.returncode == 0, done.stderr
-    for run in ("bench/stream-h200: pinned to pinned", "bench/stream-fp32-h200: ordinary to", "largest error"):
+    for run in ("bench/stream-h200: pinned to pinned", "bench/stream-fp32-h200: array to array", "largest error"):
         assert run in done.stdout
 
 

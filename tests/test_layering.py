@@ -33,6 +33,7 @@ LEVELS = {
     "draw": 8,
     "page": 9,
     "trace": 10,
+    "machine": 8,
     "simulate": 8,
     "plan": 9,
     "api": 11,

@@ -5,15 +5,22 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from device_tests import random_layer
 
-from pipeline.config import BFLOAT16, FLOAT32
+from pipeline import Pipeline
+from pipeline.config import BFLOAT16, FLOAT16, FLOAT32
 from pipeline.errors import FileFormatError, OptionError
-from pipeline.plan import Job, Machine, predict
+from pipeline.io.sources import open_source
+from pipeline.machine import Machine
+from pipeline.plan import Job, predict
 
 ROOT = Path(__file__).resolve().parents[1]
 H200 = Machine.load("h200")
@@ -34,15 +41,41 @@ def test_plan_of_a_slow_kernel_is_bound_by_it() -> None:
     assert found.rows_per_s * 2 * 8192 * 8192 / 1e12 == pytest.approx(41.0, rel=0.02)
 
 
-def test_plan_of_ordinary_arrays_is_bound_by_the_copy_workers() -> None:
+def test_plan_of_ordinary_arrays_is_bound_by_the_host_memory() -> None:
     found = predict(replace(JOB, source="array", out="array"), H200)
-    assert found.bound in ("fill", "drain") and found.pinned_bytes > 0
-    assert found.gb_per_s_in + found.gb_per_s_out == pytest.approx(H200.copy_gb_per_s, rel=0.03)
+    assert found.bound == "host memory" and found.pinned_bytes > 0
+    assert found.gb_per_s_in + found.gb_per_s_out == pytest.approx(H200.copy_gb_per_s["1"], rel=0.03)
+    one_end = predict(replace(JOB, source="array"), replace(H200, fill_gb_per_s=30.0))
+    assert one_end.bound == "fill" and one_end.gb_per_s_in == pytest.approx(30.0, rel=0.03)
 
 
-def test_plan_of_files_is_bound_by_writing_them() -> None:
+def test_plan_of_files_is_bound_by_the_disk() -> None:
     found = predict(replace(JOB, source="file", out="file"), H200)
-    assert found.bound == "drain" and found.gb_per_s_out == pytest.approx(H200.file_write_gb_per_s, rel=0.03)
+    assert found.bound == "disk write" and found.gb_per_s_out == pytest.approx(H200.disk_write_gb_per_s, rel=0.03)
+    assert "page cache" in found.limits and "disk read" not in found.limits
+    large = predict(replace(JOB, source="file", out="pinned", rows=10**7, out_features=64), H200)
+    assert large.bound == "disk read" and large.gb_per_s_in == pytest.approx(H200.disk_read_gb_per_s, rel=0.03)
+    assert "memory can't hold it" in "\n".join(large.lines())
+
+
+def test_plan_of_a_fresh_result_is_bound_by_its_new_pages() -> None:
+    found = predict(replace(JOB, source="array", out="fresh"), H200)
+    assert found.bound == "drain" and found.gb_per_s_out == pytest.approx(H200.fresh_gb_per_s, rel=0.03)
+    assert found.host_memory_bytes > 2 * JOB.rows * 4096 * 4
+
+
+def test_plan_of_a_narrow_wire_halves_what_crosses_the_bus_and_stages_pinned_rows() -> None:
+    wide, narrow = (predict(replace(JOB, wire_dtype=wire), H200) for wire in (None, BFLOAT16))
+    assert narrow.limits["H2D"] == pytest.approx(2 * wide.limits["H2D"])
+    assert wide.pinned_bytes == 0 and narrow.pinned_bytes > 0 and narrow.bound == "host memory"
+    assert narrow.gb_per_s_in + narrow.gb_per_s_out == pytest.approx(H200.copy_gb_per_s["1"], rel=0.03)
+    assert narrow.chunk_rows == 2 * wide.chunk_rows
+
+
+def test_plan_of_a_narrow_result_counts_its_bytes() -> None:
+    found = predict(replace(JOB, out_dtype=BFLOAT16), H200)
+    assert found.gb_per_s_out == pytest.approx(found.gb_per_s_in / 2)
+    assert found.limits["D2H"] > 1.9 * found.limits["H2D"] * 0.95
 
 
 def test_plan_of_one_sided_traffic_uses_the_whole_bus() -> None:
@@ -53,28 +86,83 @@ def test_plan_of_one_sided_traffic_uses_the_whole_bus() -> None:
 def test_plan_of_a_short_job_counts_filling_and_emptying_the_lanes() -> None:
     short, long = predict(replace(JOB, rows=4096), H200), predict(JOB, H200)
     assert short.rows_per_s < 0.7 * long.rows_per_s
+    assert "lanes are empty" in "\n".join(short.lines()) and "lanes are empty" not in "\n".join(long.lines())
+
+
+@pytest.mark.parametrize(("rows", "gpus", "hosts"), [(1024, 1, 1), (60_000, 1, 1), (60_000, 4, 2), (10**6, 1, 1)])
+def test_plan_has_the_chunks_of_a_run(rows: int, gpus: int, hosts: int) -> None:
+    found = predict(replace(JOB, rows=rows, gpus=gpus, hosts=hosts), H200)
+    with Pipeline(random_layer(4096, 4096), devices="cpu") as pipe:
+        source = open_source(np.broadcast_to(np.float32(0), (rows // hosts, 4096)), pipe.layer)
+        assert found.chunk_rows == pipe._rows_a_chunk(source, gpus // hosts)
+
+
+@pytest.mark.parametrize("end", ["pinned", "array"])
+def test_plan_adds_what_a_run_takes_beyond_its_lanes(end: str) -> None:
+    job = replace(JOB, rows=1024, source=end, out=end)
+    before, after = (
+        predict(job, replace(H200, pinned_run_us=us, staged_run_us=2 * us)).seconds for us in (100.0, 200.0)
+    )
+    assert after - before == pytest.approx(100e-6 if end == "pinned" else 200e-6)
+
+
+def test_plan_pauses_copy_engines_between_chunks() -> None:
+    job = replace(JOB, chunk_rows=256)  # 0.08 ms a chunk
+    found, without = predict(job, H200), predict(job, replace(H200, copy_pause_us=1e-9))
+    assert found.seconds - without.seconds == pytest.approx(500_000 / 256 * 13e-6, rel=0.02)
 
 
 def test_plan_gpus_of_one_host_share_its_bus_and_hosts_add_up() -> None:
     one, four = predict(JOB, H200), predict(replace(JOB, rows=4 * JOB.rows, gpus=4), H200)
-    assert four.gb_per_s_in == pytest.approx(80, rel=0.03) and "share" in four.bound
+    assert four.gb_per_s_in == pytest.approx(80, rel=0.03) and four.bound in ("H2D", "D2H")
+    assert any("share its bus: 80.0" in note for note in four.notes) and not one.notes
     apart = predict(replace(JOB, rows=4 * JOB.rows, gpus=4, hosts=4), H200)
     assert apart.rows_per_s == pytest.approx(4 * one.rows_per_s, rel=0.01)
 
 
+def test_plan_gpus_of_one_host_share_its_bus_one_way_too() -> None:
+    job = replace(JOB, rows=4 * JOB.rows, in_features=8192, out_features=64, dtype=BFLOAT16, runs_as="bfloat16")
+    assert predict(replace(job, gpus=4), H200).gb_per_s_in == pytest.approx(159, rel=0.05)
+    assert predict(replace(job, gpus=3), H200).gb_per_s_in == pytest.approx((108 + 159) / 2, rel=0.05)
+
+
+def test_plan_gpus_of_one_host_share_its_memory() -> None:
+    job = replace(JOB, source="array", out="array")
+    one, four = predict(job, H200), predict(replace(job, gpus=4), H200)
+    assert four.bound == "host memory" and four.rows_per_s == pytest.approx(one.rows_per_s, rel=0.02)
+    wider = replace(H200, copy_gb_per_s={"1": 90.0, "4": 140.0})
+    assert predict(replace(job, gpus=4), wider).limits["host memory"] == pytest.approx(140e9 / (2 * 4096 * 4))
+    apart = predict(replace(job, rows=4 * JOB.rows, gpus=4, hosts=4), H200)
+    assert apart.rows_per_s == pytest.approx(4 * one.rows_per_s, rel=0.02)
+
+
 @pytest.mark.parametrize("gpus", [1, 10, 100, 1000])
 def test_plan_scales_until_something_shared_is_used_up(gpus: int) -> None:
-    job = replace(JOB, rows=10**9, gpus=gpus, hosts=gpus, storage_gb_per_s=2000.0)
+    job = replace(JOB, rows=10**9, source="file", out="file", gpus=gpus, hosts=gpus, storage_gb_per_s=2000.0)
     found = predict(job, H200)
-    alone = predict(replace(job, storage_gb_per_s=None), H200)
+    alone = predict(replace(job, storage_gb_per_s=10**9), H200)
     expected = min(alone.rows_per_s, 2000e9 / (2 * 4096 * 4))
-    assert found.rows_per_s == pytest.approx(expected, rel=0.01)
+    assert found.rows_per_s == pytest.approx(expected, rel=0.01) and not found.problems
     assert (found.bound == "storage") == (gpus >= 100)
 
 
 def test_plan_network_limits_each_host() -> None:
-    found = predict(replace(JOB, gpus=8, hosts=2, network_gb_per_s=12.5), H200)
+    job = replace(JOB, source="file", out="file", gpus=8, hosts=2, network_gb_per_s=12.5)
+    found = predict(job, H200)
     assert found.bound == "network" and found.gb_per_s_in == pytest.approx(25.0, rel=0.02)
+
+
+def test_plan_counts_storage_and_network_for_files_only() -> None:
+    shared = {"storage_gb_per_s": 3.0, "network_gb_per_s": 2.0}
+    found = predict(replace(JOB, **shared), H200)
+    assert found.rows_per_s == predict(JOB, H200).rows_per_s and not {"storage", "network"} & found.limits.keys()
+    assert "storage and network don't count" in "\n".join(found.lines())
+    row_bytes = 4096 * 4
+    read = predict(replace(JOB, source="file", **shared), H200)
+    assert (read.limits["storage"], read.limits["network"]) == (3e9 / row_bytes, 2e9 / row_bytes)
+    both = predict(replace(JOB, source="file", out="file", **shared), H200)
+    assert (both.limits["storage"], both.limits["network"]) == (3e9 / (2 * row_bytes), 2e9 / row_bytes)
+    assert not {"disk write", "disk read", "page cache"} & both.limits.keys()
 
 
 def test_plan_counts_split_rows_on_the_gpu() -> None:
@@ -87,32 +175,123 @@ def test_plan_counts_split_rows_on_the_gpu() -> None:
 def test_plan_says_what_does_not_fit() -> None:
     found = predict(replace(JOB, rows=10**8), H200)
     assert any("keep the rows in files" in problem for problem in found.problems)
-    found = predict(replace(JOB, chunk_rows=10**6), H200)
-    assert any("smaller chunk_rows" in problem for problem in found.problems)
     assert "it would not run" in "\n".join(found.lines())
 
 
-def test_plan_refuses_what_it_can_not_know(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ({"chunk_rows": 10**6}, "use chunk_rows of at most 762,598,"),
+        ({"chunk_rows": 2**63 - 1}, "use chunk_rows of at most 762,598,"),
+        ({"in_features": 10**15}, "use a narrower layer"),
+        ({"out_features": 10**15, "source": "array", "out": "array"}, "use a narrower layer"),
+    ],
+)
+def test_plan_of_what_no_gpu_can_hold_simulates_nothing(change: dict[str, Any], remedy: str) -> None:
+    found = predict(replace(JOB, **change), H200)
+    assert remedy in found.problems[0] and found.rows_per_s is None and found.seconds is None
+    text = "\n".join(found.lines())
+    assert "it would not run" in text and "rows/s that each part alone allows" in text and "in all" not in text
+
+
+@pytest.mark.parametrize("debug", ["", "1"])
+def test_plan_takes_no_memory_for_rows(debug: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_DEBUG", debug)
+    job = replace(JOB, in_features=2**31, out_features=1, rows=64, source="array", chunk_rows=2)  # 8 GiB a row
+    tracemalloc.start()
+    try:
+        found = predict(job, H200)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.rows_per_s is not None and peak_bytes < 2**24
+
+
+def test_plan_of_very_many_streams_and_pieces_is_quick() -> None:
+    start = time.perf_counter()
+    assert predict(replace(JOB, rows=10**10, num_streams=10**6, chunk_rows=1), H200).rows_per_s > 0
+    assert predict(replace(JOB, rows=10**10, chunk_rows=500_000, source="file", out="file"), H200).rows_per_s > 0
+    assert time.perf_counter() - start < 60  # some seconds; without a limit it takes hours
+
+
+def test_plan_refuses_what_it_can_not_know() -> None:
     with pytest.raises(OptionError, match="expected a multiple"):
         predict(replace(JOB, gpus=5, hosts=2), H200)
     with pytest.raises(OptionError, match="no kernel_tflops for fp8"):
         predict(replace(JOB, runs_as="fp8"), H200)
-    with pytest.raises(OptionError, match="expected one of pinned, array, file"):
+    with pytest.raises(OptionError, match="expected one of pinned, array, file, fresh"):
         predict(replace(JOB, out="tape"), H200)
+    with pytest.raises(OptionError, match="source is 'fresh', expected one of pinned, array, file"):
+        predict(replace(JOB, source="fresh"), H200)
+    with pytest.raises(OptionError, match="expected a whole number from 1"):
+        predict(replace(JOB, in_features=2**70), H200)
+    for rate in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(OptionError, match=r"storage_gb_per_s is .*, expected a number above 0"):
+            predict(replace(JOB, storage_gb_per_s=rate), H200)
+    with pytest.raises(OptionError, match="expected 'bf16' or 'fp16' for a layer of float32"):
+        predict(replace(JOB, dtype=BFLOAT16, runs_as="bfloat16", wire_dtype=FLOAT16), H200)
     with pytest.raises(OptionError, match="expected one of h200"):
         Machine.load("abacus")
+
+
+# -- a machine's file --------------------------------------------------------------------------------------------------
+
+SHIPPED = json.loads((ROOT / "pipeline/machines/h200.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"name": "mine", "speed": 3}', r"missing \['architecture'.*unknown \['speed'\]"),
+        ("3", "it holds a int, expected an object"),
+        ("[]", "it holds a list, expected an object"),
+        ("", "expected JSON"),
+        ("{", "expected JSON"),
+    ],
+)
+def test_machine_file_that_describes_none_is_refused(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    path.write_text('{"name": "mine", "speed": 3}')
-    with pytest.raises(FileFormatError, match=r"missing \['architecture'.*unknown \['speed'\]"):
+    path.write_text(text)
+    with pytest.raises(FileFormatError, match=f"mine.json isn't a machine's description: .*{message}|{message}"):
         Machine.load(str(path))
-    path.write_text("3")
-    with pytest.raises(FileFormatError, match="isn't a machine's description"):
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("fill_gb_per_s", 0, "fill_gb_per_s is 0, expected a number above 0"),
+        ("fill_gb_per_s", -3.5, "is -3.5, expected a number above 0"),
+        ("fill_gb_per_s", float("nan"), "is nan, expected a number above 0"),
+        ("drain_gb_per_s", float("inf"), "is inf, expected a number above 0"),
+        ("fill_gb_per_s", 10**400, "expected a number above 0"),
+        ("disk_read_gb_per_s", "fast", "is 'fast', expected a number above 0"),
+        ("copy_pause_us", True, "is True, expected a number above 0"),
+        ("fresh_gb_per_s", None, "is None, expected a number above 0"),
+        ("gpu_memory_bytes", 1.5e11, "expected a whole number above 0"),
+        ("gpu", 7, "gpu is 7, expected text"),
+        ("architecture", "sm_1", "architecture is 'sm_1', expected one of sm_80, "),
+        ("architecture", [], "expected one of sm_80, "),
+        ("kernel_tflops", 300.0, "is 300.0, expected numbers by fp32, ieee, tf32"),
+        ("kernel_tflops", {}, "at least one of them"),
+        ("kernel_tflops", {"fp8": 1.0}, "expected numbers by fp32, ieee, tf32"),
+        ("kernel_tflops", {"tf32": 0}, "kernel_tflops of tf32 is 0, expected a number above 0"),
+        ("duplex_gb_per_s", 50.0, 'expected numbers by number of GPUs, "1" among them'),
+        ("duplex_gb_per_s", {"2": 72.0}, '"1" among them'),
+        ("copy_gb_per_s", {"1": 90.0, "two": 90.0}, "expected numbers by number of GPUs"),
+        ("copy_gb_per_s", {"1": "90"}, "copy_gb_per_s of 1 is '90', expected a number above 0"),
+    ],
+)
+def test_machine_file_with_a_wrong_value_is_refused(field: str, value: Any, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps({**SHIPPED, field: value}))
+    with pytest.raises(FileFormatError) as refused:
         Machine.load(str(path))
+    assert str(refused.value).startswith(f"{path}: {field}") and expected in str(refused.value)
 
 
 def test_plan_takes_a_machine_of_ones_own(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({**json.loads((ROOT / "pipeline/machines/h200.json").read_text()), "name": "x"}))
+    path.write_text(json.dumps({**SHIPPED, "name": "x"}))
     assert Machine.load(str(path)) == replace(H200, name="x")
 
 
@@ -128,14 +307,35 @@ def load_script() -> Any:
     return module
 
 
-CASES = load_script().all_cases()
+PLAN_ERRORS = load_script()
+CASES = PLAN_ERRORS.all_cases()
 
 
-def test_plan_has_measured_runs_to_compare_with() -> None:
-    assert len(CASES) >= 3
+def test_plan_is_compared_with_every_kind_of_run_in_the_records() -> None:
+    names = [case.name for case in CASES]
+    for record in ("stream-h200", "stream-fp32-h200"):
+        for run in ("pinned to pinned", "array to array", "array to array, torch's small pages",
+                    "array to array, wire_dtype bf16", "array to fresh", "pinned to pinned, 1,024 rows",
+                    "array to array, 1,024 rows"):  # fmt: skip
+            assert f"bench/{record}: {run}" in names
+    assert "bench/file-h200: file to file" in names
 
 
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
-def test_plan_is_within_ten_percent_of_what_was_measured(case: Any) -> None:
-    found = predict(case.job, case.machine)
+@pytest.mark.parametrize(
+    ("case", "machine"),
+    [
+        pytest.param(case, machine, id=f"{case.name}, {rates} rates")
+        for case in CASES
+        for rates, machine in case.machines
+    ],
+)
+def test_plan_is_within_ten_percent_of_what_was_measured(case: Any, machine: Machine) -> None:
+    found = predict(case.job, machine)
     assert found.rows_per_s == pytest.approx(case.rows_per_s, rel=0.10), found.lines()
+
+
+def test_plan_of_runs_with_a_recorded_bus_uses_it() -> None:
+    own = {case.name: case.own for case in CASES}
+    machine = own["bench/stream-h200: pinned to pinned"]
+    assert machine.duplex_gb_per_s["1"] == pytest.approx(8589934592 / 0.17139 / 1e9, rel=1e-3)
+    assert replace(machine, duplex_gb_per_s=H200.duplex_gb_per_s) == H200
