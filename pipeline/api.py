@@ -8,6 +8,7 @@ import itertools
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -27,7 +28,7 @@ from pipeline.config import (
     wire_dtypes,
 )
 from pipeline.devices.base import Device, Workers, find_devices, open_device
-from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError
+from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError, uninterrupted
 from pipeline.executor import Executor
 from pipeline.instrument import KEPT, KEPT_FOR_TRACE, RUN, Ceilings, Ranges, Recorder
 from pipeline.io.batches import BatchSink, BatchSource
@@ -67,15 +68,18 @@ class Result:
     """What a run gives back: `out`, the output, wherever it went, and `stats`, the figures."""
 
     out: Any
-    _compute: Callable[[], Stats] = field(repr=False)
+    _stats: Stats | Callable[[], Stats] = field(repr=False)
 
-    @functools.cached_property
+    @property
     def stats(self) -> Stats:
         """Computed when first asked for: that may take as long as a short run."""
-        return self._compute()
+        found = self._stats
+        if not isinstance(found, Stats):
+            found = self._stats = found()  # lets go of the record of the run's operations
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"out": self.out, "stats": self.stats}
+        return {"out": self.out, "_stats": self.stats}
 
 
 @dataclass
@@ -150,7 +154,7 @@ class Pipeline:
         self._workers: Workers | None = None  # of all devices without workers of their own
         self._wire_layer: FusedLinear | None = None
         self._gather: list[HostArray] = []  # pinned chunk buffers for iterables, kept between runs
-        self._busy = threading.Lock()
+        self._busy, self._pid = _Busy(), os.getpid()
         self._end_stream: Callable[[], None] | None = None
         self._closed = False
         self._devices: list[Device] = []
@@ -191,9 +195,12 @@ class Pipeline:
         Raises:
             PipelineError: a run is going on in another thread.
         """
+        if os.getpid() != self._pid:  # forked: its threads and the driver's are the other process's
+            self._closed = True
+            return
         if self._end_stream is not None:
             self._end_stream()
-        elif self._busy.locked():
+        elif self._busy:
             raise PipelineError("this Pipeline is running; close it when its run is done")
         self._closed = True
         for lane in self._lanes:
@@ -249,7 +256,7 @@ class Pipeline:
                     exact_rows_before = self._exact_rows()
                     record = self._run(opened, sink, progress, threading.Event(), keep)
                     value = sink.finish(record.rows)
-                    record = record.completed()
+                    record = record.completed(self._lanes[0].device.now())
                 except BaseException:
                     sink.abort()
                     raise
@@ -293,7 +300,8 @@ class Pipeline:
             def end() -> None:
                 stopping.set()
                 sink.end(PipelineError("the Pipeline was closed while this stream was open"))
-                thread.join()
+                if thread.ident is not None:
+                    uninterrupted(thread.join)
 
             self._end_stream = end
             atexit.register(end)
@@ -309,6 +317,8 @@ class Pipeline:
     def _exclusive(self) -> _Exclusive:
         if self._closed:
             raise PipelineError("this Pipeline is closed; make a new one")
+        if os.getpid() != self._pid:
+            raise PipelineError("this Pipeline was made before this process was forked; make a new one here")
         return _Exclusive(self._busy)
 
     def _lanes_for(self, source: Source, sink: Sink) -> list[_Lane]:
@@ -371,17 +381,21 @@ class Pipeline:
             errors.append(error)
             stopping.set()
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:  # it was started
+                    uninterrupted(thread.join)
         sink.stop()
         try:
             feed.stop()
         except PipelineError as error:  # a reader that hangs; what made it stop comes first
             errors.append(error)
         if errors:
-            raise errors[0]
+            try:
+                raise errors[0]
+            finally:
+                errors.clear()  # an error in a frame that it names would keep the caller's data alive
         seconds = lanes[0].device.now() - start
         hardware = {lane.device.name: lane.device.description for lane in lanes}
-        return _Record(done.rows, lanes[0].device, start, seconds, recorders, hardware)
+        return _Record(done.rows, start, seconds, recorders, hardware)
 
     def _tune(self, source: Source, sink: Sink) -> None:
         """Measure this machine's copies, once and where the run is large enough, and stage rows as suits them."""
@@ -449,7 +463,7 @@ class Pipeline:
         """What computes the figures of a run, whatever becomes of this Pipeline meanwhile."""
         layer, rows, seconds = self.layer, record.rows, record.seconds
         ends = _ends(source, sink)
-        finish_share = record.finish_s / seconds if seconds else 0.0
+        finish_share = record.finish_s / seconds if seconds and ends.target == "file" else 0.0
         ceilings = {name: comparable(self.ceilings[name], ends) for name in record.hardware if name in self.ceilings}
         lanes = [lane for lane in self._lanes if lane.device.name in record.hardware]
         rings = [ring for lane in lanes for ring in (lane.executor.ring_in, lane.executor.ring_out)]
@@ -505,16 +519,15 @@ class _Record:
     """What a run leaves behind."""
 
     rows: int
-    clock: Device  # whose moments these are
     start_s: float
     seconds: float
     recorders: list[Recorder]
     hardware: dict[str, str]  # of the devices that took part
     finish_s: float = 0.0  # of `seconds`, after the last row was stored
 
-    def completed(self) -> _Record:
-        """The record of a run whose result was completed just now."""
-        seconds = self.clock.now() - self.start_s
+    def completed(self, now_s: float) -> _Record:
+        """The record of a run whose result was completed at that moment."""
+        seconds = now_s - self.start_s
         return replace(self, seconds=seconds, finish_s=seconds - self.seconds)
 
     def timeline(self) -> Timeline:
@@ -547,20 +560,42 @@ def run_pipelined(
         return pipeline.run(source, out, overwrite=overwrite, progress=progress, trace=trace)
 
 
+class _Busy:
+    """Which run holds a Pipeline. True while one does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: weakref.ref[_Exclusive] | None = None
+
+    def __bool__(self) -> bool:
+        return self._holder is not None and self._holder() is not None
+
+    def take(self, holder: _Exclusive) -> bool:
+        """Whether it wasn't held. NOTE: an interrupt may lose the holder before it can let go; its end does that."""
+        with self._lock:
+            if self:
+                return False
+            self._holder = weakref.ref(holder)
+            return True
+
+    def let_go(self) -> None:
+        self._holder = None
+
+
 class _Exclusive:
     """Holds a Pipeline for one run."""
 
-    def __init__(self, lock: threading.Lock) -> None:
-        self._lock = lock
+    def __init__(self, busy: _Busy) -> None:
+        self._busy = busy
 
     def __enter__(self) -> None:
-        if not self._lock.acquire(blocking=False):
+        if not self._busy.take(self):
             raise PipelineError(
                 "this Pipeline is running already; finish or close its stream first, or make a second Pipeline"
             )
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self._lock.release()
+        self._busy.let_go()
 
 
 class _Count:

@@ -20,6 +20,8 @@ caller's own source or sink is passed on as it is, with a note that names the ch
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class PipelineError(Exception):
     """Base of all errors raised by this package."""
@@ -81,3 +83,18 @@ class CompileError(DeviceError):
         super().__init__(details)
         self.log = log
         self.options = options
+
+
+def uninterrupted(do: Callable[[], object]) -> None:
+    """Call `do`, which must not be left half done, again until no interrupt cuts it short; then raise the first one."""
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            do()
+            break
+        except Exception:
+            raise
+        except BaseException as error:
+            interrupt = interrupt or error
+    if interrupt is not None:
+        raise interrupt

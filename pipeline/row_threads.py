@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import TypeVar, cast
 
 from pipeline.config import cores
+from pipeline.errors import uninterrupted
 
 _Task = TypeVar("_Task")
 
@@ -42,26 +43,38 @@ def each(compute: Callable[[_Task], None], tasks: Iterable[_Task], threads: int)
             set_mkl_threads(before)
         return
     waiting.reverse()
+    computing = 0
+    changed = threading.Condition()
 
     def work() -> bool:
-        try:
+        nonlocal computing
+        with changed:
+            if not waiting:
+                return False
             task = waiting.pop()
-        except IndexError:
-            return False
+            computing += 1
         try:
             compute(task)
         except BaseException:
             waiting.clear()
             raise
+        finally:
+            with changed:
+                computing -= 1
+                changed.notify_all()
         return bool(waiting)
 
-    pool = _pool()
-    futures = [pool.submit(work) for _ in range(threads)]
+    def end() -> None:
+        with changed:
+            waiting.clear()
+            changed.wait_for(lambda: not computing)
+
     try:
+        pool = _pool()
+        futures = [pool.submit(work) for _ in range(threads)]
         wait(futures)
     except BaseException:  # an interrupt: nobody may write the caller's memory afterwards
-        waiting.clear()
-        wait(futures)
+        uninterrupted(end)
         raise
     for future in futures:
         future.result()

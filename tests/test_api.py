@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -336,6 +337,43 @@ def test_pipeline_closed_is_said_so() -> None:
             pipeline.run(X)
         with pytest.raises(PipelineError, match="closed; make a new one"):
             next(pipeline.stream([X]))
+
+
+def test_result_keeps_neither_device_nor_weights() -> None:
+    pipeline = open_pipeline(random_layer(12, 7))
+    result = pipeline.run(X)
+    kept = [weakref.ref(pipeline._lanes[0].device), weakref.ref(pipeline.layer)]
+    pipeline.close()
+    del pipeline
+    gc.collect()
+    assert [each() for each in kept] == [None, None] and result.stats.rows == 200
+
+
+@pytest.mark.parametrize("use", ["run", "stream", "close", "exit"])
+def test_pipeline_in_a_forked_process_says_so_and_ends(use: str) -> None:
+    """Its threads, and those of the copy workers, aren't there."""
+    script = f"""
+        import os, sys
+        import numpy as np
+        from pipeline import FusedLinear, Pipeline, PipelineError
+        layer, x = FusedLinear(np.ones((7, 12), np.float32)), np.asfortranarray(np.ones((200, 12), np.float32))
+        pipeline = Pipeline(layer, devices="cpu", chunk_rows=16)
+        pipeline.run(x)
+        if os.fork() == 0:
+            use = {use!r}
+            if use in ("run", "stream"):
+                try:
+                    pipeline.run(x) if use == "run" else list(pipeline.stream([x]))
+                except PipelineError as error:
+                    assert "forked" in str(error)
+            if use == "close":
+                pipeline.close()
+            sys.exit(7)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+        assert pipeline.run(x).stats.rows == 200
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_pipeline_busy_is_said_so() -> None:

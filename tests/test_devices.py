@@ -9,10 +9,14 @@ import numpy as np
 import pytest
 from device_tests import DeviceTests, random_layer, random_rows, wait
 
+from pipeline.arrays import HostArray
+from pipeline.config import FLOAT32
 from pipeline.devices.base import find_devices, open_device
+from pipeline.devices.cpu import CpuDevice
 from pipeline.devices.cuda import count_gpus
 from pipeline.devices.sim import Hardware, SimDevice
-from pipeline.errors import DeviceNotFoundError, DriverError, OptionError
+from pipeline.errors import DeviceMemoryError, DeviceNotFoundError, DriverError, OptionError
+from pipeline.io.staging import Ring
 
 
 class TestCpu(DeviceTests):
@@ -118,6 +122,22 @@ def test_sim_touches_memory_only_at_start_and_end() -> None:
     assert (device._inputs[0] == 3.0).all()
 
 
+def test_cpu_waits_for_nothing_that_an_interrupt_kept_from_being_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(engine: object, task: object) -> None:
+        raise KeyboardInterrupt
+
+    device, layer, x = CpuDevice(), random_layer(16, 8), random_rows(32, 16)
+    device.prepare(layer, layer.dtype, 32)
+    device.allocate(32, 2)
+    copy = device.upload(0, 0, x)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("pipeline.devices.cpu._Engine.queue", interrupted)
+        device.upload(0, 0, x)
+    device.synchronize()
+    assert copy.done()
+    device.close()
+
+
 # -- CUDA operations, without a GPU ------------------------------------------------------------------------------------
 
 
@@ -219,3 +239,24 @@ def test_cuda_operation_never_ends_before_it_starts(events: FakeEvents) -> None:
     operation = _CudaOperation(events, "event", "kernel", 104.0, [])  # type: ignore[arg-type]
     events.fired["event"] = 103.99  # the two clocks differ by some microseconds
     assert operation.done() and operation.times() == (103.99, 103.99)
+
+
+# -- pinned memory -----------------------------------------------------------------------------------------------------
+
+
+def test_ring_goes_on_where_an_allocation_failed() -> None:
+    allocated: list[int] = []
+
+    def allocate(n_bytes: int) -> HostArray:
+        allocated.append(n_bytes)
+        if len(allocated) in (3, 4):
+            raise DeviceMemoryError("no more")
+        return np.empty(n_bytes, np.uint8)
+
+    ring = Ring(allocate, 4, 640, 16, FLOAT32)
+    for _ in range(2):
+        with pytest.raises(DeviceMemoryError):
+            ring.take()
+    assert sorted(ring.take() for _ in range(4)) == [0, 1, 2, 3] and not ring.available
+    assert allocated == 6 * [640] and ring.allocated_bytes == 4 * 640, "what it had is used"
+    assert ring.rows(3, 10).shape == (10, 16)

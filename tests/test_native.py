@@ -173,6 +173,17 @@ def test_interrupt_between_any_two_steps_of_a_job_does_no_harm(monkeypatch: pyte
     workers.close()
 
 
+def test_jobs_that_nobody_asks_for_are_forgotten_once_all_are_done() -> None:
+    """As of a run that was interrupted: the workers must not keep its arrays."""
+    workers = NativeWorkers(2)
+    source, target = random_rows(100, 100), poisoned((100, 100))
+    workers.submit(CopyJob(target, source))
+    workers.wait_all()
+    assert not workers._jobs
+    assert_same_bits(target, source)
+    workers.close()
+
+
 def test_interrupts_at_any_moment_leave_a_pipeline_ready() -> None:
     """SIGINT again and again while rows are cast through the ring by native workers; then a run that must be right.
 

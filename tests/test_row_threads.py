@@ -6,12 +6,14 @@ import multiprocessing
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from device_tests import assert_close, assert_same_bits, random_layer, random_rows
 
 from pipeline import fused_gemm_sigmoid_scale_add, row_threads
+from pipeline.errors import uninterrupted
 
 
 @pytest.fixture
@@ -32,6 +34,42 @@ def test_each_start_is_computed_once(count: int, threads: int) -> None:
     done: list[int] = []
     row_threads.each(done.append, range(0, 5 * count, 5), threads)
     assert sorted(done) == list(range(0, 5 * count, 5))
+
+
+def test_interrupt_while_work_is_handed_out_waits_for_what_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, submitted, running = row_threads._Pool.submit, [0], [0]
+    begun = threading.Event()
+
+    def interrupted(pool: row_threads._Pool, work: Any) -> Any:
+        submitted[0] += 1
+        if submitted[0] == 2:
+            assert begun.wait(5)
+            raise KeyboardInterrupt
+        return submit(pool, work)
+
+    def compute(start: int) -> None:
+        running[0] += 1
+        begun.set()
+        time.sleep(0.1)
+        running[0] -= 1
+
+    monkeypatch.setattr(row_threads._Pool, "submit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        row_threads.each(compute, range(100), 2)
+    assert running == [0] and submitted == [2]
+
+
+def test_what_must_not_be_left_half_done_goes_on_through_interrupts() -> None:
+    calls: list[int] = []
+
+    def do() -> None:
+        calls.append(len(calls))
+        if len(calls) < 3:
+            raise KeyboardInterrupt(len(calls))
+
+    with pytest.raises(KeyboardInterrupt, match="1"):
+        uninterrupted(do)
+    assert calls == [0, 1, 2]
 
 
 def test_error_is_raised_once_nothing_runs_any_more() -> None:

@@ -23,7 +23,7 @@ from pipeline.layer import FusedLinear
 class _Task:
     """A queued operation: runs on its engine's thread once the slot's previous operation is done."""
 
-    def __init__(self, work: Callable[[], None], after: _Task | None, something_done: threading.Event) -> None:
+    def __init__(self, work: Callable[[], None] | None, after: _Task | None, something_done: threading.Event) -> None:
         self._work, self._after, self._something_done = work, after, something_done
         self._finished = threading.Event()
         self._error: BaseException | None = None
@@ -33,9 +33,11 @@ class _Task:
         if self._after is not None:
             self._after.wait()
             self._after = None
-        start = time.perf_counter()
+        start, work = time.perf_counter(), self._work
+        self._work = None  # the caller's arrays aren't kept
         try:
-            self._work()
+            if work is not None:
+                work()
         except BaseException as error:  # handed to the executor by done()
             self._error = error
         self._times = (start, time.perf_counter())
@@ -130,8 +132,8 @@ class CpuDevice(Device):
 
     def _queue(self, stage: str, slot: int, work: Callable[[], None]) -> Operation:
         task = _Task(work, self._last[slot], self._something_done)
-        self._last[slot] = task
         self._engines[stage].queue(task)
+        self._last[slot] = task
         return task
 
     def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
@@ -154,9 +156,11 @@ class CpuDevice(Device):
         self._something_done.clear()
 
     def synchronize(self) -> None:
-        for task in self._last:
-            if task is not None:
-                task.wait()
+        ends = [_Task(None, None, self._something_done) for _ in self._engines]
+        for engine, end in zip(self._engines.values(), ends, strict=True):
+            engine.queue(end)
+        for end in ends:
+            end.wait()
 
     def close(self) -> None:
         for engine in self._engines.values():

@@ -143,7 +143,7 @@ class NativeWorkers:
         if not self.pool:
             code = ctypes.get_errno()
             raise OSError(code, f"can't start {count} copy workers: {os.strerror(code)}")
-        self._close = weakref.finalize(self, self.library.host_copy_close, self.pool)
+        self._close = weakref.finalize(self, _close_pool, self.library, self.pool, os.getpid())
         self.job_bytes = int(self.library.host_copy_job_bytes())
         self._isa = self.library.host_copy_isa(self.pool).decode()
         self._jobs: set[_NativeJob] = set()  # keeps their memory alive until they are done
@@ -182,6 +182,9 @@ class NativeWorkers:
         while self.library.host_copy_pending(self.pool):
             time.sleep(1e-4)
         self._threads.wait_all()
+        for job in list(self._jobs):  # also of a run that was given up, and asks for none of them
+            if self.library.host_copy_done(job.memory, ctypes.byref(_Result())):
+                self.forget(job)
 
     def forget(self, job: _NativeJob) -> None:
         self._jobs.discard(job)
@@ -189,6 +192,12 @@ class NativeWorkers:
     def close(self) -> None:
         self._threads.close()
         self._close()
+
+
+def _close_pool(library: Any, pool: int, pid: int) -> None:
+    """End the threads of a pool; in a forked process there are none to wait for."""
+    if os.getpid() == pid:
+        library.host_copy_close(pool)
 
 
 def _request(work: Job) -> _Request | None:

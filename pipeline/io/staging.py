@@ -47,10 +47,11 @@ class Ring:
 
     def take(self) -> int:
         """A free piece's number."""
-        if not self._memory:
-            self._memory = [self._allocate(self.piece_rows * self.row_bytes) for _ in range(self.pieces)]
-            shape = self.piece_rows, self._features
-            self._pieces = [memory.view(self._dtype.carrier).reshape(shape) for memory in self._memory]
+        while len(self._pieces) < self.pieces:  # none is lost where an allocation fails or is interrupted
+            if len(self._memory) == len(self._pieces):
+                self._memory.append(self._allocate(self.piece_rows * self.row_bytes))
+            rows = self._memory[len(self._pieces)].view(self._dtype.carrier)
+            self._pieces.append(rows.reshape(self.piece_rows, self._features))
         return self._free.popleft()
 
     def rows(self, piece: int, rows: int) -> HostArray:
