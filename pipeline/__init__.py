@@ -27,6 +27,7 @@ from pipeline.errors import (
     OutputExistsError,
     PipelineError,
     ShapeError,
+    TraceWarning,
 )
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ __all__ = [
     "Result",
     "ShapeError",
     "Stats",
+    "TraceWarning",
     "__version__",
     "fused_gemm_sigmoid_scale_add",
     "pin",

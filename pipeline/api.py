@@ -8,6 +8,7 @@ import itertools
 import os
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,14 @@ from pipeline.config import (
     wire_dtypes,
 )
 from pipeline.devices.base import Device, Workers, find_devices, open_device
-from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError, uninterrupted
+from pipeline.errors import (
+    DeviceMemoryError,
+    DTypeError,
+    OptionError,
+    PipelineError,
+    TraceWarning,
+    uninterrupted,
+)
 from pipeline.executor import Executor
 from pipeline.instrument import KEPT, KEPT_FOR_TRACE, RUN, Ceilings, Ranges, Recorder
 from pipeline.io.batches import BatchSink, BatchSource
@@ -236,6 +244,7 @@ class Pipeline:
             progress: called with a `Progress` after each chunk, from the thread that runs its device.
             trace: a file for the run's timeline, replaced if it exists: .json for Perfetto and Chrome's trace viewer,
                 .png for a picture, .html for a page with a timeline to zoom into (the last two need the extra "plot").
+                A failure while it is written, after the run, is a `TraceWarning`: the result comes back all the same.
 
         Returns:
             A `Result` with `out` and `stats`.
@@ -265,7 +274,12 @@ class Pipeline:
             exact_rows = self._exact_rows() - exact_rows_before
             result = Result(value, self._stats(opened, sink, record, exact_rows))
             if trace is not None:
-                write_trace(trace, record.timeline(), result.stats.as_dict())
+                try:
+                    write_trace(trace, record.timeline(), result.stats.as_dict())
+                except Exception as error:  # whatever it is, the result is complete and must reach the caller
+                    reason = str(error) if isinstance(error, PipelineError) else f"{trace}: {error!r}"
+                    text = f"the run is complete, but its timeline isn't written: {reason}"
+                    warnings.warn(TraceWarning(text), stacklevel=2)
             return result
 
     def stream(self, batches: Iterable[Any]) -> Generator[Any, None, None]:

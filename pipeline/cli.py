@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import __version__
-from pipeline.errors import CompileError, DeviceError, OptionError, PipelineError
+from pipeline.errors import CompileError, DeviceError, OptionError, OutputError, PipelineError, TraceWarning
 
 if TYPE_CHECKING:
     from pipeline.api import Progress
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
     view = command("view", _view, "Say what a timeline shows, and draw it.")
     view.add_argument("timeline", metavar="RUN.json", help="what --trace RUN.json wrote")
-    view.add_argument("--trace", metavar="FILE", help="draw it: .png or .html")
+    view.add_argument("--trace", metavar="FILE", help="draw it: .png or .html, or copy it: .json")
 
     plan = command("plan", _plan, "Predict rate, bound, memory and time of a job on given hardware.")
     plan.add_argument("--rows", type=_count, required=True, metavar="N")
@@ -202,6 +202,24 @@ def _one_line(error: BaseException) -> str:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"pipeline: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+@contextmanager
+def _held_trace_warnings() -> Iterator[list[TraceWarning]]:
+    """Those of the block, which are to be shown after the report, as the error that they are to a shell."""
+    held: list[TraceWarning] = []
+    show = warnings.showwarning
+
+    def hold(message: Warning | str, *rest: Any, **more: Any) -> None:
+        if isinstance(message, TraceWarning):
+            held.append(message)
+        else:
+            show(message, *rest, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TraceWarning)
+        warnings.showwarning = hold
+        yield held
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -277,7 +295,8 @@ def _run(args: argparse.Namespace) -> int:
 
     layer = FusedLinear.from_file(args.weights, args.scaling_factor, precision=args.precision)
     out_dtype = parse_dtype(args.out_dtype, "out_dtype") if args.out_dtype is not None else None
-    with _progress_bar(layer, (out_dtype or layer.dtype).itemsize, not args.no_progress) as progress:
+    bar = _progress_bar(layer, (out_dtype or layer.dtype).itemsize, not args.no_progress)
+    with _held_trace_warnings() as no_trace, bar as progress:
         result = run_pipelined(
             layer,
             args.source,
@@ -295,6 +314,10 @@ def _run(args: argparse.Namespace) -> int:
         print(json.dumps({"out": str(result.out), "stats": result.stats.as_dict()}))
     else:
         print(*result.stats.lines(), f"wrote {result.out}", sep="\n")
+        if args.trace is not None and not no_trace:
+            print(f"wrote {args.trace}")
+    if no_trace:
+        raise OutputError(str(no_trace[0]))
     return 0
 
 
@@ -302,20 +325,20 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _show_timeline(args: argparse.Namespace, timeline: Timeline, stats: dict[str, Any] | None) -> None:
-    """Print the use of the lanes and draw the timeline, as the options say."""
+    """Print the use of the lanes and draw the timeline, as the options say. Drawing may fail, so it comes last."""
     from pipeline.timeline import device_use, use_lines
     from pipeline.trace import write_trace
 
-    if args.trace is not None:
-        write_trace(args.trace, timeline, stats)
     if args.json:
         uses = {device: device_use(operations).as_dict() for device, operations in timeline.devices.items()}
         about = {"origin": timeline.origin, "dropped": timeline.dropped, "unassigned": timeline.unassigned}
         print(json.dumps({"devices": uses, "hardware": timeline.hardware, **about}))
-        return
-    print(*use_lines(timeline), sep="\n")
+    else:
+        print(*use_lines(timeline), sep="\n")
     if args.trace is not None:
-        print(f"wrote {args.trace}")
+        write_trace(args.trace, timeline, stats)
+        if not args.json:
+            print(f"wrote {args.trace}")
 
 
 def _profile(args: argparse.Namespace) -> int:

@@ -109,7 +109,7 @@ def draw_png(path: Path, timeline: Timeline, stats: dict[str, Any] | None) -> No
     if not uses:
         figure = Figure(figsize=(6, 1))
         figure.text(0.5, 0.5, NOTHING, ha="center")
-        figure.savefig(path)
+        figure.savefig(path, format="png")
         return
     start_s, end_s = excerpt(timeline.devices[next(iter(uses))])
     lanes = drawn_lanes(within(timeline, start_s, end_s))
@@ -159,4 +159,4 @@ def draw_png(path: Path, timeline: Timeline, stats: dict[str, Any] | None) -> No
         )
     lines = [line for text in filter(None, title) for line in textwrap.wrap(text, 150)]
     figure.suptitle("\n".join(lines), x=0.01, ha="left", fontsize=10)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, format="png", dpi=110)

@@ -14,6 +14,8 @@
         ├── DriverError                     a CUDA driver call failed
         └── CompileError                    NVRTC refused a kernel; carries its log and options
 
+    TraceWarning (RuntimeWarning)           a run is complete, but its timeline couldn't be written
+
 Messages say what was wrong, what was got, what was expected and what to do. An exception raised by the
 caller's own source or sink is passed on as it is, with a note that names the chunk and the stage.
 """
@@ -53,6 +55,10 @@ class OutputError(PipelineError):
 
 class OutputExistsError(OutputError, FileExistsError):
     """The output path exists and `overwrite` wasn't given."""
+
+
+class TraceWarning(RuntimeWarning):
+    """The timeline of a run that is complete couldn't be written. No error: the result isn't lost with it."""
 
 
 class DeviceError(PipelineError, RuntimeError):

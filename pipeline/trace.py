@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -17,44 +18,79 @@ _FORMAT = "pipeline trace 1"
 
 
 def check_trace(path: str | os.PathLike[str]) -> Path:
-    """Check before a run that its timeline can be written there afterwards.
+    """Check before a run that its timeline can be written there afterwards. Leaves no file.
 
     Raises:
         OptionError: not a .json, .png or .html, or the library that draws it isn't installed.
-        OutputError: the folder isn't there.
+        OutputError: the folder isn't there or can't be written, or the name is taken by something that is no file.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionError(f"trace is {path!r}, expected a path that ends in {', '.join(_LIBRARIES)}, or None")
     target = Path(path)
     suffix = target.suffix.lower()
     if suffix not in _LIBRARIES:
-        raise OptionError(f"trace is {str(path)!r}, expected a name that ends in {', '.join(_LIBRARIES)}")
+        raise OptionError(f"trace is {str(path)!r}, expected a path that ends in {', '.join(_LIBRARIES)}")
     library = _LIBRARIES[suffix]
     if library is not None and importlib.util.find_spec(library) is None:
         raise OptionError(
-            f"trace={str(path)!r} needs {library}, which isn't installed: install the extra, pip install "
+            f"trace is {str(path)!r}, which needs {library}, which isn't installed: install the extra, pip install "
             f"'pipeline[plot]', or write a .json and draw it elsewhere with 'pipeline view'"
         )
-    if not target.parent.is_dir():
-        raise OutputError(f"the folder {str(target.parent)!r} of trace={str(path)!r} doesn't exist; make it first")
+    if not os.path.isdir(target.parent):
+        raise OutputError(f"the folder {str(target.parent)!r} of trace {str(path)!r} doesn't exist; make it first")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise OutputError(f"trace is {str(path)!r}, which exists and isn't a file; choose another path")
+    _new_file_beside(target).unlink()  # only trying shows whether a file can be made there
     return target
+
+
+def _new_file_beside(target: Path) -> Path:
+    """An empty file that is to become `target`.
+
+    Raises:
+        OutputError: it can't be made.
+    """
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.touch(exist_ok=False)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+    return partial
+
+
+def _cannot_write(target: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"can't write trace {str(target)!r}: {error.strerror or error}; free space, or choose another path"
+    )
 
 
 def write_trace(path: str | os.PathLike[str], timeline: Timeline, stats: dict[str, Any] | None = None) -> None:
     """Write the timeline, with the figures of its run (`Stats.as_dict()`), as the path's suffix says.
 
+    It is written beside its path as `<name>.<random>.partial` and renamed when it is complete.
+
     Raises:
-        OptionError, OutputError: as `check_trace`.
+        OptionError, OutputError: as `check_trace`, or writing failed; what was there before is still there.
     """
     target = check_trace(path)
-    if target.suffix.lower() == ".png":
-        from pipeline.draw import draw_png
+    partial = _new_file_beside(target)
+    try:
+        if target.suffix.lower() == ".png":
+            from pipeline.draw import draw_png
 
-        draw_png(target, timeline, stats)
-    elif target.suffix.lower() == ".html":
-        from pipeline.page import draw_html
+            draw_png(partial, timeline, stats)
+        elif target.suffix.lower() == ".html":
+            from pipeline.page import draw_html
 
-        draw_html(target, timeline, stats)
-    else:
-        target.write_text(json.dumps(to_json(timeline, stats), separators=(",", ":")) + "\n")
+            draw_html(partial, timeline, stats)
+        else:
+            partial.write_text(json.dumps(to_json(timeline, stats), separators=(",", ":")) + "\n")
+        os.replace(partial, target)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _cannot_write(target, error) from error
+        raise
 
 
 def to_json(timeline: Timeline, stats: dict[str, Any] | None = None) -> dict[str, Any]:

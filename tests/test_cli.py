@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -497,6 +498,44 @@ def test_run_trace_is_viewed_again(job: Job, capsys: pytest.CaptureFixture[str])
     lanes = printed["devices"]["sim"]["lanes"]
     assert set(lanes) == set(STAGES) and all(lane["count"] >= 1 for lane in lanes.values())
     assert printed["origin"] == "event record"
+
+
+def test_run_whose_trace_fails_prints_its_report_and_then_says_so(job: Job, capsys: pytest.CaptureFixture[str]) -> None:
+    trace = job.folder / "run.json"
+    args = job.args("--trace", str(trace), "--chunk-rows", "1")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (25_000, hard))  # enough for the result
+    try:
+        assert cli.main(args) == 1
+        text = capsys.readouterr()
+        assert cli.main([*args, "--json", "--overwrite"]) == 1
+        printed = capsys.readouterr()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    job.check()
+    assert "300 rows in" in text.out and f"wrote {job.out}" in text.out and str(trace) not in text.out
+    assert json.loads(printed.out)["stats"]["rows"] == 300
+    for err in (text.err, printed.err):
+        assert re.fullmatch(rf"pipeline: error: the run is complete, .* '{trace}': File too large; free .*path\n", err)
+    assert set(job.files()) == {job.source, job.weights, job.out}
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_view_whose_trace_fails_prints_its_table_and_then_says_so(
+    options: list[str], job: Job, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cli.main(job.args("--trace", str(job.folder / "run.json"))) == 0
+    assert f"wrote {job.folder / 'run.json'}" in capsys.readouterr().out
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", fail)
+    assert cli.main(["view", str(job.folder / "run.json"), "--trace", str(job.folder / "again.json"), *options]) == 1
+    captured = capsys.readouterr()
+    assert "cpu" in captured.out and "wrote" not in captured.out
+    assert "again.json': No space left on device; free space, or choose another path" in captured.err
+    assert set(job.files()) == {job.source, job.weights, job.out, job.folder / "run.json"}
 
 
 def test_view_refuses_what_is_no_timeline(job: Job, capsys: pytest.CaptureFixture[str]) -> None:

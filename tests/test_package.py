@@ -27,6 +27,7 @@ EXPORTS = {
     "Progress",
     "Result",
     "Stats",
+    "TraceWarning",
     "fused_gemm_sigmoid_scale_add",
     "pin",
     "run_pipelined",

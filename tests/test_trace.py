@@ -5,18 +5,22 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
+import os
 import re
+import resource
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import random_layer, random_rows
+from device_tests import assert_same_bits, random_layer, random_rows
 
-from pipeline import FusedLinear, OptionError, OutputError, Pipeline, run_pipelined
+from pipeline import FusedLinear, OptionError, OutputError, Pipeline, TraceWarning, run_pipelined
 from pipeline.errors import FileFormatError
 from pipeline.instrument import STAGE_COLORS, STAGES, Ceilings, Interval
 from pipeline.timeline import Timeline
@@ -94,14 +98,73 @@ def test_trace_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_trace_path_is_checked_before_the_run(layer: FusedLinear, tmp_path: Path) -> None:
-    out = tmp_path / "y.npy"
+    (tmp_path / "d.json").mkdir()
+    os.mkfifo(tmp_path / "f.json")
+    there = set(tmp_path.iterdir())
     for trace, error, text in (
         ("run.gif", OptionError, r"\.json, \.png, \.html"),
+        (3, OptionError, r"trace is 3, expected a path that ends in \.json"),
         (tmp_path / "none" / "run.json", OutputError, "make it first"),
+        (tmp_path / "d.json", OutputError, "isn't a file; choose another path"),
+        (tmp_path / "f.json", OutputError, "isn't a file; choose another path"),
+        (tmp_path / f"{'a' * 251}.json", OutputError, "can't write trace .*File name too long; .*choose another path"),
+        ("/proc/run.json", OutputError, "can't write trace '/proc/run.json': No such file.*choose another path"),
     ):
         with pytest.raises(error, match=text):
-            run_pipelined(layer, random_rows(30, 24), out, devices="cpu", trace=trace)
-    assert list(tmp_path.iterdir()) == [], "nothing was run or written"
+            run_pipelined(layer, random_rows(30, 24), tmp_path / "y.npy", devices="cpu", trace=trace)
+    assert set(tmp_path.iterdir()) == there, "nothing was run or written"
+
+
+def test_trace_check_leaves_no_file_and_the_one_that_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    check_trace(path)
+    assert list(tmp_path.iterdir()) == []
+    path.write_text("old")
+    check_trace(path)
+    assert [(p, p.read_text()) for p in tmp_path.iterdir()] == [(path, "old")]
+
+
+@contextmanager
+def largest_file(n_bytes: int) -> Iterator[None]:
+    """Writing more to a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+KINDS = ["json", pytest.param("png", marks=needs_matplotlib), pytest.param("html", marks=needs_bokeh)]
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_trace_that_cannot_be_written_costs_nothing_but_a_warning(
+    suffix: str, layer: FusedLinear, tmp_path: Path
+) -> None:
+    path, x = tmp_path / f"run.{suffix}", random_rows(300, 24)
+    path.write_text("of the run before")
+    with Pipeline(layer, devices="cpu", chunk_rows=16) as pipeline:
+        with largest_file(1000), pytest.warns(TraceWarning, match=rf"{path}': File too large; free space") as caught:
+            result = pipeline.run(x, trace=path)
+        assert len(caught) == 1 and "the run is complete" in str(caught[0].message)
+        assert_same_bits(result.out, layer(x))
+        assert result.stats.rows == 300
+        assert [(p, p.read_text()) for p in tmp_path.iterdir()] == [(path, "of the run before")]
+        pipeline.run(x, trace=path)
+        assert path.stat().st_size > 1000 and list(tmp_path.iterdir()) == [path]
+
+
+def test_trace_whose_drawing_fails_costs_nothing_but_a_warning(
+    layer: FusedLinear, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("odd")
+
+    monkeypatch.setattr("pipeline.trace.to_json", fail)
+    with pytest.warns(TraceWarning, match=r"run\.json: ZeroDivisionError\('odd'\)"):
+        result = run_pipelined(layer, random_rows(30, 24), devices="cpu", trace=tmp_path / "run.json")
+    assert len(result.out) == 30 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("suffix", "library"), [("png", "matplotlib"), ("html", "bokeh")])
@@ -114,9 +177,7 @@ def test_trace_without_its_library_says_what_to_install(
     assert check_trace(tmp_path / "run.json")
 
 
-@pytest.mark.parametrize(
-    "suffix", ["json", pytest.param("png", marks=needs_matplotlib), pytest.param("html", marks=needs_bokeh)]
-)
+@pytest.mark.parametrize("suffix", KINDS)
 def test_trace_of_an_empty_run_is_written(suffix: str, layer: FusedLinear, tmp_path: Path) -> None:
     path = tmp_path / f"run.{suffix}"
     run_pipelined(layer, np.zeros((0, 24), np.float32), devices="cpu", trace=path)
