@@ -25,6 +25,7 @@ from pipeline.config import (
     DType,
     auto_chunk_rows,
     parse_dtype,
+    parse_precision,
     rows_a_chunk,
     wire_dtypes,
 )
@@ -113,9 +114,9 @@ class Pipeline:
         devices: None (every visible GPU, or the CPU where there is none), a name ("cpu", "cuda", "cuda:1", "sim") or
             a list of names that share the work.
         wire_dtype: "bf16" or "fp16": float32 rows are rounded to this type while they are staged, so that half the
-            bytes cross the bus; weights are rounded too, the layer computes in this type, and results come back in
-            it. Their element type stays the source's unless `out_dtype` says otherwise. In fp16, what is beyond
-            65,504 becomes infinite.
+            bytes cross the bus; weights are rounded too, the layer computes in this type (so its `precision` can't be
+            chosen), and results come back in it. Their element type stays the source's unless `out_dtype` says
+            otherwise. In fp16, what is beyond 65,504 becomes infinite.
         out_dtype: element type of results: "float32", "bfloat16", "float16", on the CPU "float64"; None keeps the
             source's. The rounding happens once, in the kernel.
 
@@ -147,7 +148,7 @@ class Pipeline:
             )
         self.layer = layer
         self.out_dtype: DType = layer.dtype if out_dtype is None else parse_dtype(out_dtype, "out_dtype")
-        self.wire_in, self.wire_out = wire_dtypes(layer.dtype, wire_dtype, self.out_dtype)
+        self.wire_in, self.wire_out = wire_dtypes(layer.dtype, wire_dtype, self.out_dtype, layer.precision)
         self._chooses_rows = chunk_rows == "auto"
         self.chunk_rows = _whole_number(chunk_rows, "chunk_rows") or _auto_chunk_rows(
             layer, self.wire_in, self.wire_out
@@ -499,7 +500,7 @@ class Pipeline:
             ceilings=ceilings,
             devices=record.hardware,
             kernel=lanes[0].device.kernel,
-            precision=layer.precision,
+            precision=layer.precision if self.wire_in is layer.dtype else parse_precision(None, self.wire_in),
             runs_as=runs_as,
             exact_rows=exact_rows,
             wire=self.wire_in.name,

@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     scale = "scaling_factor of the layer (default 1)"
     run.add_argument("--scale", "--scaling-factor", type=float, default=1.0, dest="scaling_factor", help=scale)
     run.add_argument("--out", required=True, metavar="Y.npy", help="the result (rows, out_features)")
-    run.add_argument("--precision", help="for float32 data: fp32 (default), ieee or tf32")
+    run.add_argument("--precision", help="for float32 data: fp32 (default), ieee or tf32; not with --wire-dtype")
     auto = {"type": _count_or_auto, "default": "auto", "metavar": "N"}
     run.add_argument("--chunk-rows", **auto, help="rows of one kernel launch (default auto)")  # type: ignore[arg-type]
     run.add_argument("--num-streams", **auto, help="chunks in flight on a device (default auto)")  # type: ignore[arg-type]

@@ -74,19 +74,28 @@ def parse_dtype(value: Any, what: str = "dtype") -> DType:
     return DTYPES[name]
 
 
-def wire_dtypes(dtype: DType, wire_dtype: Any, out_dtype: DType) -> tuple[DType, DType]:
+def wire_dtypes(dtype: DType, wire_dtype: Any, out_dtype: DType, precision: str | None = None) -> tuple[DType, DType]:
     """The element types in which rows of `dtype` cross the bus, in and out, where results are of `out_dtype`.
 
     Raises:
-        DTypeError, OptionError: a wire_dtype that rows can't be rounded to while they are staged.
+        OptionError: a wire_dtype that rows can't be rounded to while they are staged, or that doesn't go with
+            `out_dtype` or the layer's `precision`.
     """
-    wire = dtype if wire_dtype is None else parse_dtype(wire_dtype, "wire_dtype")
+    try:
+        wire = dtype if wire_dtype is None else parse_dtype(wire_dtype)
+    except DTypeError:
+        raise OptionError(f"wire_dtype is {wire_dtype!r}, expected 'bf16' or 'fp16'; or leave it out") from None
     if wire is dtype:
         return wire, out_dtype
     if dtype is not FLOAT32 or wire not in (BFLOAT16, FLOAT16):
         raise OptionError(
             f"wire_dtype is {wire} for a layer of {dtype}, expected 'bf16' or 'fp16' for a layer of float32; "
             f"leave it out, or convert the data"
+        )
+    if precision is not None and precision != parse_precision(None, dtype):
+        raise OptionError(
+            f"precision is {precision!r} and wire_dtype {wire}, in which the layer then computes: leave precision out, "
+            f"or leave wire_dtype out to compute in {precision!r}"
         )
     if out_dtype is FLOAT64:
         raise OptionError(f"wire_dtype is {wire} and out_dtype float64: results of {wire} have no use for it")

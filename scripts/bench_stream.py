@@ -169,7 +169,7 @@ def fastest(run: Callable[[int], None]) -> int:
 
 def case_memory(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Pinned to pinned, ordinary memory to ordinary memory, to a fresh result, and with bf16 on the wire."""
-    from pipeline import Pipeline
+    from pipeline import FusedLinear, Pipeline
 
     torch = bench.torch
     results = {}
@@ -183,10 +183,11 @@ def case_memory(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         show("pinned to pinned", found)
 
     x, y = bench.x, bench.y
+    plain = FusedLinear(bench.layer.weight, bench.layer.bias, bench.layer.scaling_factor)  # wire_dtype is its precision
     small_pages = x.clone(), torch.zeros_like(y)  # as torch allocates them
     with (
         Pipeline(bench.layer, devices="cuda:0") as pipe,
-        Pipeline(bench.layer, devices="cuda:0", wire_dtype="bf16") as narrow,
+        Pipeline(plain, devices="cuda:0", wire_dtype="bf16") as narrow,
     ):
         arrays = x.numpy(), y.numpy()
         for warm in (pipe, narrow):

@@ -271,7 +271,14 @@ BAD: dict[str, tuple[Callable[[Job], list[str]], str]] = {
     "device twice": (lambda job: job.args(devices="cpu,cpu"), "expected one or several different device names"),
     "unknown precision": (lambda job: job.args("--precision", "fp8"), "precision is 'fp8', expected one of"),
     "unknown out_dtype": (lambda job: job.args("--out-dtype", "int8"), "out_dtype is int8, expected one of"),
-    "unknown wire_dtype": (lambda job: job.args("--wire-dtype", "int8"), "wire_dtype is int8, expected one of"),
+    "unknown wire_dtype": (
+        lambda job: job.args("--wire-dtype", "int8"),
+        "wire_dtype is 'int8', expected 'bf16' or 'fp16'",
+    ),
+    "precision with wire_dtype": (
+        lambda job: job.args("--wire-dtype", "bf16", "--precision", "tf32"),
+        "precision is 'tf32' and wire_dtype bfloat16, .* leave precision out",
+    ),
     "wire_dtype for these rows": (lambda job: job.args("--wire-dtype", "fp64"), "expected 'bf16' or 'fp16'"),
     "bfloat16 file": (lambda job: job.args("--out-dtype", "bf16"), "can't hold bfloat16; pass --out-dtype float32 or"),
 }

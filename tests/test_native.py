@@ -347,7 +347,7 @@ def test_wire_dtype_halves_the_bytes_and_keeps_the_results_type(
         assert result.stats.stages["H2D"].bytes == x.nbytes // 2
         assert result.stats.stages["D2H"].bytes == expected.nbytes // 2
         assert result.stats.bytes_in == x.nbytes and result.stats.bytes_out == expected.nbytes
-        assert result.stats.wire == {"bf16": "bfloat16", "fp16": "float16"}[wire]
+        assert result.stats.wire == result.stats.precision == {"bf16": "bfloat16", "fp16": "float16"}[wire]
         assert_same_bits(result.out, expected)
         out = np.asfortranarray(poisoned(expected.shape))
         assert_same_bits(pipeline.run(np.asfortranarray(x), out).out, expected)
@@ -380,10 +380,21 @@ def test_wire_dtype_of_the_layer_itself_changes_nothing() -> None:
         ("float16", {"wire_dtype": "bf16"}, "wire_dtype is bfloat16 for a layer of float16"),
         ("float64", {"wire_dtype": "fp16"}, "wire_dtype is float16 for a layer of float64"),
         ("float32", {"wire_dtype": "float64"}, "wire_dtype is float64 for a layer of float32"),
-        ("float32", {"wire_dtype": "int8"}, "wire_dtype is int8, expected one of"),
+        ("float32", {"wire_dtype": "int8"}, "wire_dtype is 'int8', expected 'bf16' or 'fp16'"),
+        ("float32", {"wire_dtype": 3}, "wire_dtype is 3, expected 'bf16' or 'fp16'"),
         ("float32", {"wire_dtype": "bf16", "out_dtype": "float64"}, "out_dtype float64"),
     ],
 )
 def test_wire_dtype_that_makes_no_sense_is_refused(dtype: str, options: dict[str, Any], text: str) -> None:
     with pytest.raises((OptionError, PipelineError), match=text):
         Pipeline(random_layer(4, 4, dtype), devices="cpu", **options)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_wire_dtype_with_a_precision_says_which_to_leave_out(precision: str) -> None:
+    weight = np.ones((4, 4), np.float32)
+    with pytest.raises(OptionError, match=f"'{precision}' and wire_dtype bfloat16.*leave precision out, or leave wire"):
+        Pipeline(FusedLinear(weight, precision=precision), devices="cpu", wire_dtype="bf16")
+    for layer in (FusedLinear(weight), FusedLinear(weight, precision="fp32")):
+        Pipeline(layer, devices="cpu", wire_dtype="bf16").close()
+    Pipeline(FusedLinear(weight, precision=precision), devices="cpu", wire_dtype="fp32").close()
