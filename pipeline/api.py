@@ -24,7 +24,7 @@ from pipeline.config import (
     GIB,
     DType,
     auto_chunk_rows,
-    parse_dtype,
+    parse_out_dtype,
     parse_precision,
     rows_a_chunk,
     wire_dtypes,
@@ -144,10 +144,11 @@ class Pipeline:
     ) -> None:
         if not isinstance(layer, FusedLinear):
             raise OptionError(
-                f"layer is a {type(layer).__name__}, expected a FusedLinear; FusedLinear.from_linear helps"
+                f"layer is a {type(layer).__name__}, expected a FusedLinear; FusedLinear(weight, bias), "
+                f"FusedLinear.from_linear and FusedLinear.from_file make one"
             )
         self.layer = layer
-        self.out_dtype: DType = layer.dtype if out_dtype is None else parse_dtype(out_dtype, "out_dtype")
+        self.out_dtype: DType = layer.dtype if out_dtype is None else parse_out_dtype(out_dtype)
         self.wire_in, self.wire_out = wire_dtypes(layer.dtype, wire_dtype, self.out_dtype, layer.precision)
         self._chooses_rows = chunk_rows == "auto"
         self.chunk_rows = _whole_number(chunk_rows, "chunk_rows") or _auto_chunk_rows(
@@ -256,6 +257,10 @@ class Pipeline:
             Exception: what the source or the sink raised, with a note that names the chunk and the stage.
         """
         with self._exclusive():
+            if progress is not None and not callable(progress):
+                raise OptionError(f"progress is {progress!r}, expected a function that takes a Progress, or None")
+            if not isinstance(overwrite, (bool, np.bool_)):  # "no" would be true
+                raise OptionError(f"overwrite is {overwrite!r}, expected True or False")
             if trace is not None:
                 check_trace(trace)
             opened = open_source(source, self.layer)
@@ -677,8 +682,9 @@ def _check_memory(device: Device, layer: FusedLinear, out_dtype: DType, chunk_ro
     row_bytes = layer.in_features * layer.dtype.itemsize + layer.out_features * out_dtype.itemsize
     needed = num_streams * chunk_rows * row_bytes
     if free is not None and needed > free:
+        fitting_rows = free // (num_streams * row_bytes)
+        smaller = f"chunk_rows={fitting_rows} or less, or " if fitting_rows else ""
         raise DeviceMemoryError(
             f"{num_streams} chunks of {chunk_rows} rows need {needed / GIB:.2f} GiB on {device.name}, "
-            f"{free / GIB:.2f} GiB are free: pass chunk_rows={max(1, free // (num_streams * row_bytes))} or less, or "
-            f"fewer num_streams"
+            f"{free / GIB:.2f} GiB are free: pass {smaller}fewer num_streams"
         )

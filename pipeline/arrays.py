@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import DTYPES, DType, parse_dtype
-from pipeline.errors import DTypeError
+from pipeline.config import CONVERT, DTYPES, DType, parse_dtype
+from pipeline.errors import DTypeError, InputError, ShapeError
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +35,28 @@ def is_cuda(value: Any) -> bool:
     return is_torch(value) and bool(value.is_cuda)
 
 
-def host_view(value: Any, what: str) -> tuple[HostArray, DType]:
+def shape_of(value: Any, what: str, expected: str = "a NumPy array or a torch tensor") -> tuple[int, ...]:
+    """The shape of an array, a tensor, or nested lists of numbers.
+
+    Raises:
+        InputError: something else.
+        ShapeError: lists of different lengths.
+    """
+    if not (is_torch(value) or hasattr(value, "__array__") or isinstance(value, (list, tuple))):
+        raise InputError(f"{what} is a {type(value).__name__}, expected {expected}")
+    try:
+        return tuple(np.shape(value))
+    except ValueError as error:
+        raise ShapeError(
+            f"{what} is a {type(value).__name__} of rows that differ in length, expected {expected}"
+        ) from error
+
+
+def host_view(value: Any, what: str, remedy: str = CONVERT) -> tuple[HostArray, DType]:
     """A NumPy view of a host array or CPU tensor in its carrier type, and the element type it stands for.
 
-    Nothing is copied: strides and byte order are the caller's.
+    Nothing is copied: strides and byte order are the caller's. What is said of an unsupported element type ends with
+    `remedy`.
 
     Raises:
         DTypeError: object, integer, complex or any other unsupported element type; a sparse or quantized tensor, a
@@ -53,7 +71,7 @@ def host_view(value: Any, what: str) -> tuple[HostArray, DType]:
             raise DTypeError(f"{what} is on {value.device}, expected a host tensor; use .cpu() first")
         if value.is_neg():
             raise DTypeError(f"{what} is a view that torch negates when it is read; use .resolve_neg() first")
-        dtype = parse_dtype(value.dtype, f"{what} dtype")
+        dtype = parse_dtype(value.dtype, f"{what} dtype", remedy)
         tensor = value.detach()
         return (tensor.view(torch.uint16) if dtype.name == "bfloat16" else tensor).numpy(), dtype
     array = np.asanyarray(value)
@@ -61,7 +79,7 @@ def host_view(value: Any, what: str) -> tuple[HostArray, DType]:
         raise DTypeError(f"{what} is a masked array, its mask would be lost; use .filled() first")
     if array.dtype.name == "bfloat16":  # the ml_dtypes package's type
         return array.view(DTYPES["bfloat16"].carrier), DTYPES["bfloat16"]
-    dtype = parse_dtype(array.dtype.newbyteorder("="), f"{what} dtype")
+    dtype = parse_dtype(array.dtype.newbyteorder("="), f"{what} dtype", remedy)
     return array, dtype
 
 

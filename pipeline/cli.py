@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 _REMEDIES = {
     errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.ELOOP: "check the path",
+    errno.ENAMETOOLONG: "use a shorter name",
+    errno.EROFS: "choose another path",
+    errno.EAGAIN: "the system allows no more threads, set PIPELINE_COPY_WORKERS to fewer",
     errno.EACCES: "check the permissions, or choose another path",
     errno.EPERM: "check the permissions, or choose another path",
     errno.EISDIR: "expected a file",
@@ -77,6 +82,16 @@ def _gb_per_s(text: str) -> float:
     if not is_rate(rate):
         raise argparse.ArgumentTypeError(f"got {text!r}, expected GB/s, a number above 0")
     return rate
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number of seconds of at least 0")
+    return value
 
 
 def _names(text: str) -> list[str]:
@@ -126,8 +141,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="profile", metavar="PREFIX", help="of .nsys-rep and .sqlite (default profile)"
     )
     profile.add_argument("--report", metavar="FILE.sqlite", help="read this export of a report instead of recording")
-    profile.add_argument("--delay", type=float, metavar="S", help="begin to record after so many seconds")
-    profile.add_argument("--duration", type=float, metavar="S", help="record so many seconds")
+    profile.add_argument("--delay", type=_seconds, metavar="S", help="begin to record after so many seconds")
+    profile.add_argument("--duration", type=_seconds, metavar="S", help="record so many seconds")
     profile.add_argument("--trace", metavar="FILE", help=trace)
     words = "what to record: 'run' with its options, or another program: pipeline profile -- run X.npy ..."
     profile.add_argument("command_words", nargs="*", metavar="COMMAND", help=words)
@@ -228,7 +243,9 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: --help, --version and usage errors.
     """
-    args = _parser().parse_args(argv)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        _Parser(prog=f"pipeline {args.command}").error(f"unrecognized arguments: {' '.join(unknown)}")
     before = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         with warnings.catch_warnings():
@@ -290,11 +307,11 @@ def _progress_bar(layer: FusedLinear, out_itemsize: int, wanted: bool) -> Iterat
 
 def _run(args: argparse.Namespace) -> int:
     from pipeline.api import run_pipelined
-    from pipeline.config import parse_dtype
+    from pipeline.config import parse_out_dtype
     from pipeline.layer import FusedLinear
 
     layer = FusedLinear.from_file(args.weights, args.scaling_factor, precision=args.precision)
-    out_dtype = parse_dtype(args.out_dtype, "out_dtype") if args.out_dtype is not None else None
+    out_dtype = parse_out_dtype(args.out_dtype) if args.out_dtype is not None else None
     bar = _progress_bar(layer, (out_dtype or layer.dtype).itemsize, not args.no_progress)
     with _held_trace_warnings() as no_trace, bar as progress:
         result = run_pipelined(
@@ -354,6 +371,8 @@ def _profile(args: argparse.Namespace) -> int:
         )
     report = args.report
     if report is None:
+        if not Path(args.out).parent.is_dir():
+            raise OutputError(f"the folder of --out {args.out!r} isn't a directory; create it first")
         words = args.command_words
         words = [sys.executable, "-m", "pipeline", *words] if words[0] in ("run", "demo") else words
         report = record(words, Path(args.out), delay_s=args.delay, duration_s=args.duration, quiet=args.json)

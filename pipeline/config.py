@@ -51,8 +51,13 @@ DTYPES = {dtype.name: dtype for dtype in (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)}
 _SHORT_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def parse_dtype(value: Any, what: str = "dtype") -> DType:
+CONVERT = "convert it first, for example with .astype('float32') in NumPy or .to(torch.float32) in torch"
+
+
+def parse_dtype(value: Any, what: str = "dtype", remedy: str = CONVERT) -> DType:
     """The `DType` that a name ("float32", "bf16"), a NumPy dtype or a torch dtype stands for.
+
+    A message calls the value `what` and ends with `remedy`.
 
     Raises:
         DTypeError: not one of float64, float32, bfloat16, float16.
@@ -67,10 +72,7 @@ def parse_dtype(value: Any, what: str = "dtype") -> DType:
         except TypeError:
             pass
     if name not in DTYPES:
-        raise DTypeError(
-            f"{what} is {value}, expected one of {', '.join(DTYPES)}; convert the data first, for example "
-            f"x.astype('float32') or x.to(torch.float32)"
-        )
+        raise DTypeError(f"{what} is {value}, expected one of {', '.join(DTYPES)}; {remedy}")
     return DTYPES[name]
 
 
@@ -102,6 +104,11 @@ def wire_dtypes(dtype: DType, wire_dtype: Any, out_dtype: DType, precision: str 
     return wire, out_dtype if out_dtype.itemsize == wire.itemsize else wire
 
 
+def parse_out_dtype(value: Any) -> DType:
+    """The element type of results that `out_dtype` asks for."""
+    return parse_dtype(value, "out_dtype", "leave it out for that of the source")
+
+
 PRECISIONS = ("fp32", "ieee", "tf32")
 
 
@@ -116,7 +123,9 @@ def parse_precision(value: str | None, dtype: DType) -> str:
     if value == dtype.name and dtype is not FLOAT32:
         return value
     if value not in PRECISIONS:
-        raise OptionError(f"precision is {value!r}, expected one of {', '.join(map(repr, PRECISIONS))} or None")
+        raise OptionError(
+            f"precision is {value!r}, expected one of {', '.join(map(repr, PRECISIONS))}; or leave it out"
+        )
     if dtype is not FLOAT32:
         raise OptionError(
             f"precision={value!r} is for float32 data, the layer is {dtype}: leave precision out, {dtype} data has "
@@ -205,8 +214,18 @@ def tuning() -> str:
 
 
 def native_copy() -> bool:
-    """Whether the copy workers written in C may be used: PIPELINE_NATIVE_COPY isn't 0."""
-    return os.environ.get("PIPELINE_NATIVE_COPY") != "0"
+    """Whether the copy workers written in C may be used: PIPELINE_NATIVE_COPY isn't 0.
+
+    Raises:
+        OptionError: another value than 0, 1 or nothing.
+    """
+    text = os.environ.get("PIPELINE_NATIVE_COPY", "")
+    if text not in ("", "0", "1"):
+        raise OptionError(
+            f"environment variable PIPELINE_NATIVE_COPY is {text!r}, expected 0 (NumPy copies), 1 or nothing (workers "
+            f"written in C)"
+        )
+    return text != "0"
 
 
 def auto_chunk_rows(row_bytes: int) -> int:

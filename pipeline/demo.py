@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.errors import OutputError
 from pipeline.layer import FusedLinear
 from pipeline.report import Stats
 
@@ -65,6 +67,12 @@ def run_demo(
     torch.set_float32_matmul_precision("highest")  # NOTE: some containers turn tf32 on by an environment variable
 
     with tempfile.TemporaryDirectory(prefix="pipeline-demo-") as folder:
+        n_bytes, free_bytes = rows * (in_features + 2 * out_features) * 4, shutil.disk_usage(folder).free
+        if n_bytes > free_bytes:
+            raise OutputError(
+                f"the demo's files need {n_bytes / 2**30:,.1f} GiB in {tempfile.gettempdir()}, "
+                f"{free_bytes / 2**30:,.1f} GiB are free; use fewer --rows, or set TMPDIR to another folder"
+            )
         source, weights, out, torch_out = (
             Path(folder, f) for f in ("x.npy", "layer.safetensors", "y.npy", "torch.npy")
         )

@@ -82,20 +82,22 @@ def check_scaling_factor(value: Any) -> float:
     return number
 
 
-def check_rows(shape: tuple[int, ...], in_features: int, what: str = "x") -> None:
-    """Check the shape of input rows; `what` is what the message calls them.
+def check_rows(shape: tuple[int, ...], in_features: int, what: str = "x", example: str = "") -> None:
+    """Check the shape of input rows; `what` is what the message calls them, `example` how they are reshaped.
 
     Raises:
         ShapeError: `shape` isn't (rows, in_features).
     """
     if len(shape) != 2:
+        example = example or f"{what if what.isidentifier() else 'x'}.reshape(-1, {in_features})"
         raise ShapeError(
-            f"{what} has shape {tuple(shape)}, expected 2 dimensions (rows, {in_features}); "
-            f"reshape it first, for example {what}.reshape(-1, {in_features})"
+            f"{what} has shape {tuple(shape)}, expected 2 dimensions (rows, {in_features}); reshape it first, for "
+            f"example {example}"
         )
     if shape[1] != in_features:
         raise ShapeError(
-            f"{what} has {shape[1]} features a row (shape {tuple(shape)}), the layer's weight takes {in_features}"
+            f"{what} has {shape[1]} features a row (shape {tuple(shape)}), the layer's weight takes {in_features}; "
+            f"pass the rows and the weights that belong together"
         )
 
 
@@ -120,8 +122,11 @@ def check_weights(
         hint = ""
         if len(bias_shape) == 2:
             hint = "; the residual is the layer's own linear output, so no residual tensor is passed"
+        elif tuple(bias_shape) == (weight_shape[1],):
+            hint = f"; transpose {weight}, (out_features, in_features) is expected"
         raise ShapeError(
-            f"{bias} has shape {tuple(bias_shape)}, expected ({weight_shape[0]},): one value an output feature{hint}"
+            f"{bias} has shape {tuple(bias_shape)}, expected ({weight_shape[0]},): one value an output feature, "
+            f"{weight} has shape {tuple(weight_shape)}{hint}"
         )
 
 
@@ -133,7 +138,8 @@ def check_out(shape: tuple[int, ...], expected: tuple[int, int]) -> None:
     """
     if tuple(shape) != expected:
         raise ShapeError(
-            f"out has shape {tuple(shape)}, expected {expected}: one row a source row, (rows, out_features)"
+            f"out has shape {tuple(shape)}, expected {expected}: one row a source row, (rows, out_features); pass one "
+            f"of that shape, or leave it out"
         )
 
 
@@ -158,7 +164,7 @@ def check_gpu_layout(out: torch.Tensor) -> None:
     Raises:
         DTypeError, OptionError: element type or strides.
     """
-    if parse_dtype(out.dtype, "out dtype") is FLOAT64:
+    if parse_dtype(out.dtype, "out dtype", "pass one of these") is FLOAT64:
         raise DTypeError("out is float64, which only the CPU computes; pass float32, bfloat16 or float16")
     if out.stride(1) != 1 and out.shape[1] > 1:
         raise OptionError(f"out has strides {out.stride()}, expected contiguous rows (the last stride 1)")

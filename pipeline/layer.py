@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.arrays import HostArray, empty_like, host_tensor, host_view, is_cuda, is_torch, widen_bfloat16
+from pipeline.arrays import HostArray, empty_like, host_tensor, host_view, is_cuda, is_torch, shape_of, widen_bfloat16
 from pipeline.config import DType, parse_dtype, parse_precision
-from pipeline.errors import DTypeError, FileFormatError, OptionError
+from pipeline.errors import DTypeError, FileFormatError, InputError, OptionError, ShapeError
 from pipeline.forward import (
     HostWeights,
     SplitLaunch,
@@ -59,7 +59,8 @@ class FusedLinear:
     def __init__(
         self, weight: Any, bias: Any = None, scaling_factor: float = 1.0, *, precision: str | None = None
     ) -> None:
-        check_weights(tuple(np.shape(weight)), None if bias is None else tuple(np.shape(bias)))
+        expected = "a NumPy array or a torch tensor; FusedLinear.from_file reads files, from_linear takes a Linear"
+        check_weights(shape_of(weight, "weight", expected), None if bias is None else shape_of(bias, "bias", expected))
         self.scaling_factor = check_scaling_factor(scaling_factor)
         self.weight, self.dtype = _own_weights(weight, "weight")
         self.bias: HostArray | None = None
@@ -91,7 +92,16 @@ class FusedLinear:
     def from_linear(
         cls, linear: torch.nn.Linear, scaling_factor: float = 1.0, *, precision: str | None = None
     ) -> FusedLinear:
-        """The layer with a `torch.nn.Linear`'s weight and bias (copied to the host if they are on a GPU)."""
+        """The layer with a `torch.nn.Linear`'s weight and bias (copied to the host if they are on a GPU).
+
+        Raises:
+            InputError: something without them.
+        """
+        if not (hasattr(linear, "weight") and hasattr(linear, "bias")):
+            raise InputError(
+                f"linear is a {type(linear).__name__}, expected a torch.nn.Linear; FusedLinear(weight, bias) takes "
+                f"arrays and tensors"
+            )
         return cls(linear.weight, linear.bias, scaling_factor, precision=precision)
 
     @classmethod
@@ -105,9 +115,14 @@ class FusedLinear:
         Raises:
             FileFormatError: not a safetensors file, or no such tensors, or several candidates.
             FileNotFoundError: no such file.
+            ShapeError, DTypeError: the tensors make no layer.
         """
         weight, bias = _read_safetensors(path)
-        return cls(weight, bias, scaling_factor, precision=precision)
+        try:
+            return cls(weight, bias, scaling_factor, precision=precision)
+        except (ShapeError, DTypeError) as error:
+            error.add_note(f"pipeline: in {path}")
+            raise
 
     def rounded_to(self, dtype: DType, narrow: Callable[[HostArray], HostArray]) -> FusedLinear:
         """The same layer with weight and bias in another element type; `narrow` rounds an array to its carrier."""
@@ -119,7 +134,7 @@ class FusedLinear:
 
     def reference(self, x: Any) -> npt.NDArray[np.float64]:
         """The layer of x (rows, in_features) in float64 NumPy: the one definition of right."""
-        check_rows(tuple(np.shape(x)), self.in_features)
+        check_rows(shape_of(x, "x"), self.in_features)
         weight, bias = self.weight, self.bias
         if self.dtype.name == "bfloat16":
             weight, bias = widen_bfloat16(weight), None if bias is None else widen_bfloat16(bias)
@@ -144,14 +159,15 @@ class FusedLinear:
         """
         if is_cuda(x):
             return self._call_gpu(x, out)
-        check_rows(tuple(np.shape(x)), self.in_features)
+        expected = "a NumPy array or a torch tensor; run_pipelined takes files and iterables"
+        check_rows(shape_of(x, "x", expected), self.in_features)
         array, dtype = host_view(x, "x")
         self.check_dtype(dtype)
         if out is None:
             out = empty_like(x, (array.shape[0], self.out_features))
         elif not (is_torch(out) or isinstance(out, np.ndarray)):
             raise OptionError(f"out is a {type(out).__name__}, expected a NumPy array or a torch CPU tensor")
-        out_array, out_dtype = host_view(out, "out")
+        out_array, out_dtype = host_view(out, "out", "pass one of these")
         check_out(out_array.shape, (array.shape[0], self.out_features))
         if not out_array.flags.writeable:
             raise OptionError("out is read-only; pass an array that can be written")
@@ -195,17 +211,16 @@ class FusedLinear:
             self._launches[key] = prepare_on_gpu(rows, *arguments, split)
         return out
 
-    def check_dtype(self, dtype: DType, what: str = "x") -> None:
-        """Check an element type against the layer's.
+    def check_dtype(self, dtype: DType, what: str = "x", remedy: str = "") -> None:
+        """Check an element type against the layer's; `remedy` is what the message says to do.
 
         Raises:
             DTypeError: `dtype` isn't the layer's.
         """
         if dtype is not self.dtype:
-            raise DTypeError(
-                f"{what} is {dtype}, the layer's weights are {self.dtype}: convert one, for example with "
-                f".astype('{self.dtype}') in NumPy or .to(torch.{self.dtype}) in torch"
-            )
+            in_numpy = "" if self.dtype.name == "bfloat16" else f".astype('{self.dtype}') in NumPy or "
+            remedy = remedy or f"convert one, for example with {in_numpy}.to(torch.{self.dtype}) in torch"
+            raise DTypeError(f"{what} is {dtype}, the layer's weights are {self.dtype}: {remedy}")
 
     def host_weights(self) -> HostWeights:
         """The weights as the CPU computes with them, made once."""
@@ -237,6 +252,8 @@ def _own_weights(value: Any, what: str) -> tuple[HostArray, DType]:
 def _read_safetensors(path: str | os.PathLike[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
     from safetensors import SafetensorError, safe_open
 
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"path is a {type(path).__name__}, expected the path of a .safetensors file")
     if os.path.isdir(path):
         raise FileFormatError(f"{path} is a directory, expected a .safetensors file")
     try:
@@ -251,4 +268,6 @@ def _read_safetensors(path: str | os.PathLike[str]) -> tuple[torch.Tensor, torch
             bias_name = found[0].removesuffix("weight") + "bias"
             return file.get_tensor(found[0]), file.get_tensor(bias_name) if bias_name in names else None
     except SafetensorError as error:
-        raise FileFormatError(f"{path} isn't a readable .safetensors file: {error}") from error
+        raise FileFormatError(
+            f"{path} isn't a readable .safetensors file: {error}; write it with safetensors' save_file"
+        ) from error

@@ -54,14 +54,11 @@ def _new_file_beside(target: Path) -> Path:
     try:
         partial.touch(exist_ok=False)
     except OSError as error:
-        raise _cannot_write(target, error) from error
+        raise OutputError(
+            f"can't write trace {str(target)!r}: no file can be made in its folder ({error.strerror}); choose a path "
+            f"that can be written"
+        ) from error
     return partial
-
-
-def _cannot_write(target: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"can't write trace {str(target)!r}: {error.strerror or error}; free space, or choose another path"
-    )
 
 
 def write_trace(path: str | os.PathLike[str], timeline: Timeline, stats: dict[str, Any] | None = None) -> None:
@@ -89,7 +86,9 @@ def write_trace(path: str | os.PathLike[str], timeline: Timeline, stats: dict[st
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise _cannot_write(target, error) from error
+            raise OutputError(
+                f"can't write trace {str(target)!r}: {error.strerror or error}; free space, or choose another path"
+            ) from error
         raise
 
 

@@ -42,7 +42,14 @@ from pipeline.devices.base import open_device
 from pipeline.devices.cpu import CpuDevice
 from pipeline.devices.cuda import count_gpus
 from pipeline.devices.sim import Hardware, SimDevice
-from pipeline.errors import DeviceMemoryError, DeviceNotFoundError, DTypeError, OptionError, PipelineError
+from pipeline.errors import (
+    DeviceMemoryError,
+    DeviceNotFoundError,
+    DTypeError,
+    InputError,
+    OptionError,
+    PipelineError,
+)
 from pipeline.instrument import STAGES
 
 LAYER = random_layer(12, 7)
@@ -77,6 +84,40 @@ def test_pipeline_takes_whole_numbers_and_auto(name: str, value: Any) -> None:
 def test_pipeline_refuses_what_is_no_layer(layer: Any) -> None:
     with pytest.raises(OptionError, match=r"expected a FusedLinear.*from_linear"):
         run_pipelined(layer, X, devices="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"progress": 3}, "progress is 3, expected a function that takes a Progress, or None"),
+        ({"trace": 3}, "trace is 3, expected a path"),
+        ({"trace": b"run.json"}, "trace is b'run.json', expected a path"),
+        ({"overwrite": "no"}, "overwrite is 'no', expected True or False"),
+    ],
+)
+def test_run_refuses_options_before_it_starts(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "y.npy").write_bytes(b"precious")
+    with nothing_left_behind(tmp_path), open_pipeline() as pipeline:
+        with pytest.raises(OptionError, match=message):
+            pipeline.run(X, tmp_path / "y.npy", **options)
+    assert (tmp_path / "y.npy").read_bytes() == b"precious"
+
+
+def test_run_refuses_a_generator_that_was_used() -> None:
+    """It would pass for an empty dataset."""
+    batches = (X for _ in range(2))
+    with open_pipeline() as pipeline:
+        assert len(pipeline.run(batches).out) == 400
+        with pytest.raises(InputError, match="generator that has ended already, expected a new one"):
+            pipeline.run(batches)
+        with pytest.raises(InputError, match="generator that has ended already"):
+            next(pipeline.stream(batches))
+        assert len(pipeline.run(x for x in ()).out) == 0
+
+
+def test_pipeline_memory_check_names_what_would_fit() -> None:
+    with pytest.raises(DeviceMemoryError, match=r"free: pass fewer num_streams$"):
+        open_pipeline(num_streams=10**12)
 
 
 def test_result_can_be_pickled_and_read_after_its_pipeline_is_closed() -> None:

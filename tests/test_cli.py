@@ -240,13 +240,21 @@ def weights_of(tensors: dict[str, Any]) -> Callable[[Job], list[str]]:
 BAD: dict[str, tuple[Callable[[Job], list[str]], str]] = {
     "truncated file": (truncated, r"x\.npy is truncated: \d+ bytes, its header promises \d+"),
     "no array inside": (no_array_inside, r"x\.npy isn't a readable .npy file: .*; write it with np.save"),
-    "not called .npy": (lambda job: job.args(source="x.csv"), "isn't a .npy file; save the array with np.save"),
+    "not called .npy": (
+        lambda job: job.args(source="x.csv"),
+        "doesn't end in .npy, the only .*; save the array with np.save",
+    ),
+    "source inside a file": (lambda job: job.args(source=job.source / "x.npy"), "Not a directory; check the path"),
+    "no name": (lambda job: job.args(source=""), "source '' doesn't end in .npy"),
     "missing source": (lambda job: job.args(source="nowhere.npy"), "nowhere.npy: No such file or directory; check the"),
     "object array": (saved(lambda job: np.array([[None] * IN])), "holds Python objects, expected .*; convert"),
     "wrong features": (saved(lambda job: job.x[:, :-1]), f"has {IN - 1} features a row .* weight takes {IN}"),
-    "wrong rank": (saved(lambda job: job.x[0]), r"expected 2 dimensions \(rows, 24\); reshape it first"),
-    "wrong dtype": (saved(lambda job: job.x.astype(np.float64)), "is float64, the layer's weights are float32: conv"),
-    "integers": (saved(lambda job: job.x.astype(np.int32)), "is int32, expected one of float64, .*; convert the data"),
+    "wrong rank": (saved(lambda job: job.x[0]), r"np.save\('new.npy', np.load\('.*x.npy'\).reshape\(-1, 24\)\)$"),
+    "wrong dtype": (
+        saved(lambda job: job.x.astype(np.float64)),
+        "x.npy is float64, .* are float32: convert the file, .*as",
+    ),
+    "integers": (saved(lambda job: job.x.astype(np.int32)), "is int32, .*; convert the file, .*'new.npy'.*astype"),
     "NaN scale": (lambda job: job.args(scale="nan"), "scaling_factor is nan, expected a finite number"),
     "infinite scale": (lambda job: job.args(scale="inf"), "scaling_factor is inf, expected a finite number"),
     "missing weights": (lambda job: job.args(weights="nowhere.safetensors"), "nowhere.safetensors; check the path"),
@@ -256,13 +264,25 @@ BAD: dict[str, tuple[Callable[[Job], list[str]], str]] = {
         weights_of({"weight": np.zeros((OUT, IN), np.float32), "bias": np.zeros((3, OUT), np.float32)}),
         "no residual tensor is passed",
     ),
+    "weights of another type": (
+        weights_of({"weight": np.zeros((OUT, IN), np.int32)}),
+        r"convert it .*\(in .*layer.saf",
+    ),
+    "transposed weights": (
+        weights_of({"weight": np.zeros((IN, OUT), np.float32), "bias": np.zeros(OUT, np.float32)}),
+        r"weight has shape \(24, 16\); transpose weight",
+    ),
     "zero features": (weights_of({"weight": np.zeros((OUT, 0), np.float32)}), "at least 1 feature"),
+    "long name": (lambda job: job.args(out=job.folder / f"{'a' * 300}.npy"), "File name too long; use a shorter name"),
     "existing output": (existing_output, r"y\.npy exists; pass --overwrite to replace it, or choose another path"),
     "leftover partial file": (leftover_partial, "y.npy.partial exists: .*; remove it if none is"),
     "output not .npy": (lambda job: job.args(out=job.folder / "y.bin"), "doesn't end in .npy"),
     "output is a folder": (folder_as_output, "y.npy is a directory, expected the path of a file"),
-    "no output folder": (lambda job: job.args(out=job.folder / "no" / "y.npy"), "no isn't a directory; create it fi"),
-    "unwritable folder": (unwritable_folder, "can't create .*; choose a path that can be written"),
+    "no output folder": (
+        lambda job: job.args(out=job.folder / "no" / "y.npy"),
+        "no' of out .* isn't a directory; create it",
+    ),
+    "unwritable folder": (unwritable_folder, r"can't write .*y\.npy: no file .*\(.*\); choose a path that"),
     "source as output": (source_as_output, "is the source itself; choose another output path"),
     "link to source as output": (linked_source_as_output, "is the source itself; choose another output path"),
     "absent GPU": (lambda job: job.args(devices="cuda:64"), "device 'cuda:64' isn't there; .* --devices cpu"),
@@ -280,7 +300,7 @@ BAD: dict[str, tuple[Callable[[Job], list[str]], str]] = {
         "precision is 'tf32' and wire_dtype bfloat16, .* leave precision out",
     ),
     "wire_dtype for these rows": (lambda job: job.args("--wire-dtype", "fp64"), "expected 'bf16' or 'fp16'"),
-    "bfloat16 file": (lambda job: job.args("--out-dtype", "bf16"), "can't hold bfloat16; pass --out-dtype float32 or"),
+    "bfloat16 file": (lambda job: job.args("--out-dtype", "bf16"), "pass --out-dtype float32 or --out-dtype float16"),
 }
 
 
@@ -292,7 +312,7 @@ def test_run_refuses(name: str, job: Job, capsys: pytest.CaptureFixture[str]) ->
     assert cli.main(args) == 1
     line = error_line(capsys)
     assert re.search(message, line), line
-    assert "=True" not in line and "='" not in line  # options in a shell's words
+    assert "=True" not in line and "--debug" not in line and "='" not in line  # options in a shell's words
     assert job.files() == before
     assert threading.active_count() == threads
 
@@ -384,6 +404,8 @@ def test_warning_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: py
         (["run", "x.npy", "--weights", "w", "--out", "y", "--chunk-rows", "0"], "expected 'auto' or a whole number"),
         (["run", "x.npy", "--weights", "w", "--out", "y", "--num-streams", "few"], "got 'few', expected 'auto' or"),
         (["run", "x.npy", "--weights", "w", "--out", "y", "--scale", "two"], "invalid float value: 'two'"),
+        (["run", "x.npy", "--weights", "w", "--out", "y", "--bogus"], "--bogus; 'pipeline run --help' lists"),
+        (["profile", "--delay", "-3"], "got '-3', expected a number of seconds of at least 0"),
         (["demo", "--rows", "-3"], "got '-3', expected a whole number of at least 1"),
     ],
 )
@@ -465,6 +487,13 @@ def test_demo_checks_and_compares(
     assert printed["stats"]["rows"] == 200 and printed["stats"]["chunks"] == 8
     assert printed["torch_loop"]["ratio"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_that_does_not_fit_on_the_disk_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "--rows", "99999999999", "--devices", "cpu"]) == 1
+    assert re.search(
+        r"need [\d,.]+ GiB in /.*, [\d,.]+ GiB are free; use fewer --rows, or set TMPDIR", error_line(capsys)
+    )
 
 
 @pytest.mark.parametrize("rows", ["1", "63"])
@@ -567,6 +596,11 @@ def test_profile_reads_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     assert "cuda:0 (NVIDIA H200): 4 chunks" in text and "read from the Nsight Systems report" in text
     assert json.loads(trace.read_text())["otherData"]["hardware"] == {"cuda:0": "NVIDIA H200"}
+
+
+def test_profile_wants_the_folder_before_it_records(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["profile", "--out", "no/such", "--", "run", "x.npy"]) == 1
+    assert "folder of --out 'no/such' isn't a directory; create it first" in error_line(capsys)
 
 
 @pytest.mark.parametrize("args", [[], ["--report", "x.sqlite", "--", "run"]])

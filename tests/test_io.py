@@ -548,8 +548,8 @@ BAD_SINKS: dict[str, Bad] = {
     "existing file": (X, "{}/there.npy", {}, OutputExistsError, ["there.npy exists", "overwrite=True"]),
     "dangling link": (X, "{}/link.npy", {}, OutputExistsError, ["link.npy exists"]),
     "directory": (X, "{}/folder.npy", {"overwrite": True}, OutputError, ["folder.npy is a directory"]),
-    "missing parent": (X, "{}/no/y.npy", {}, OutputError, ["no isn't a directory", "create it"]),
-    "parent is a file": (X, "{}/there.npy/y.npy", {}, OutputError, ["there.npy isn't a directory"]),
+    "missing parent": (X, "{}/no/y.npy", {}, OutputError, ["no' of out", "isn't a directory", "create it"]),
+    "parent is a file": (X, "{}/there.npy/y.npy", {}, OutputError, ["there.npy' of out", "isn't a directory"]),
     "the source file": ("{}/x.npy", "{}/x.npy", {"overwrite": True}, OutputError, ["is the source itself"]),
     "the source file by a link": (
         "{}/x.npy",
@@ -559,7 +559,7 @@ BAD_SINKS: dict[str, Bad] = {
         ["is the source itself"],
     ),
     "partial file": (X, "{}/killed.npy", {}, OutputExistsError, ["killed.npy.partial exists", "remove it"]),
-    "unwritable": (X, "/proc/self/y.npy", {}, OutputError, ["can't create /proc/self/y.npy.partial", "choose"]),
+    "unwritable": (X, "/proc/self/y.npy", {}, OutputError, ["can't write /proc/self/y.npy: no file", "choose"]),
 }
 BAD_OPTIONS: dict[str, Bad] = {
     f"{name}={value!r}": (X, None, {name: value}, error, [name.removesuffix("s"), *fragments])

@@ -142,6 +142,18 @@ def test_layer_from_file_refuses_what_is_no_safetensors_file(tmp_path: Path) -> 
         FusedLinear.from_file(tmp_path / "missing.safetensors")
 
 
+@pytest.mark.parametrize("path", [None, 3, {"weight": 0}])
+def test_layer_from_file_refuses_what_is_no_path(path: Any) -> None:
+    with pytest.raises(InputError, match=r"path is a .*, expected the path of a \.safetensors file"):
+        FusedLinear.from_file(path)
+
+
+@pytest.mark.parametrize("linear", [np.zeros((5, 8)), torch.nn.Sequential(torch.nn.Linear(8, 5)), None])
+def test_layer_from_linear_refuses_what_is_none(linear: Any) -> None:
+    with pytest.raises(InputError, match=r"linear is a .*, expected a torch\.nn\.Linear"):
+        FusedLinear.from_linear(linear)
+
+
 def test_layer_from_file_refuses_other_shapes_and_types(tmp_path: Path) -> None:
     path = tmp_path / "layer.safetensors"
     save_file({"weight": torch.zeros(4, 4, dtype=torch.int8)}, path)
@@ -172,7 +184,11 @@ def test_layer_from_file_refuses_other_shapes_and_types(tmp_path: Path) -> None:
         (np.ma.masked_array(np.zeros((5, 8), np.float32)), None, DTypeError, "weight is a masked array"),
         (torch.zeros(5, 8, dtype=torch.int32), None, DTypeError, "weight dtype is torch.int32"),
         (torch.zeros(5, 8).to_sparse(), None, DTypeError, "weight is a torch.sparse_coo tensor"),
-        (None, None, ShapeError, "weight has shape"),
+        (None, None, InputError, "weight is a NoneType, expected a NumPy array"),
+        ("layer.safetensors", None, InputError, "weight is a str, .*from_file reads files"),
+        (torch.nn.Linear(8, 5), None, InputError, "weight is a Linear, .*from_linear takes a Linear"),
+        ([[1.0], [1.0, 2.0]], None, ShapeError, "weight is a list of rows that differ in length"),
+        (np.zeros((5, 8), np.float32), 2.0, InputError, "bias is a float, expected a NumPy array"),
     ],
 )
 def test_layer_refuses_bad_weights(weight: Any, bias: Any, error: type[Exception], message: str) -> None:
@@ -355,8 +371,9 @@ def test_layer_nan_stays_in_its_row() -> None:
         (torch.zeros(3, 8).to_sparse(), DTypeError, r"x is a torch.sparse_coo tensor.*to_dense"),
         (torch.zeros(3, 8, device="meta"), DTypeError, "x is on meta"),
         (torch.zeros(3, 8, dtype=torch.complex64).conj().imag, DTypeError, "x is a view that torch negates"),
-        (None, ShapeError, r"x has shape \(\)"),
-        (3.0, ShapeError, r"x has shape \(\)"),
+        (np.float32(3), ShapeError, r"x has shape \(\)"),
+        (3.0, InputError, "x is a float, expected a NumPy array or a torch tensor"),
+        ("x.npy", InputError, "x is a str, .*run_pipelined takes files"),
     ],
 )
 def test_layer_refuses_bad_batches(x: Any, error: type[Exception], message: str) -> None:

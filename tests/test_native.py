@@ -390,6 +390,12 @@ def test_wire_dtype_that_makes_no_sense_is_refused(dtype: str, options: dict[str
         Pipeline(random_layer(4, 4, dtype), devices="cpu", **options)
 
 
+def test_native_copy_variable_takes_no_other_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_NATIVE_COPY", "no")
+    with pytest.raises(OptionError, match="PIPELINE_NATIVE_COPY is 'no', expected 0"):
+        Pipeline(random_layer(4, 4), devices="cpu")
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_wire_dtype_with_a_precision_says_which_to_leave_out(precision: str) -> None:
     weight = np.ones((4, 4), np.float32)

@@ -107,8 +107,8 @@ def test_trace_path_is_checked_before_the_run(layer: FusedLinear, tmp_path: Path
         (tmp_path / "none" / "run.json", OutputError, "make it first"),
         (tmp_path / "d.json", OutputError, "isn't a file; choose another path"),
         (tmp_path / "f.json", OutputError, "isn't a file; choose another path"),
-        (tmp_path / f"{'a' * 251}.json", OutputError, "can't write trace .*File name too long; .*choose another path"),
-        ("/proc/run.json", OutputError, "can't write trace '/proc/run.json': No such file.*choose another path"),
+        (tmp_path / f"{'a' * 251}.json", OutputError, r"can't write trace .*\(File name too long\); choose"),
+        ("/proc/run.json", OutputError, r"can't write trace '/proc/run.json': .*\(No such file.*\); choose a path"),
     ):
         with pytest.raises(error, match=text):
             run_pipelined(layer, random_rows(30, 24), tmp_path / "y.npy", devices="cpu", trace=trace)

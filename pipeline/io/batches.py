@@ -47,8 +47,8 @@ class BatchSource(Source):
         what = f"batch {number}"
         if not (is_torch(batch) or hasattr(batch, "__array__")):
             raise InputError(
-                f"{what} is a {type(batch).__name__}, expected a NumPy array or torch tensor of rows; yield the rows "
-                f"alone, for example (x for x, _ in loader)"
+                f"{what} is a {type(batch).__name__}, expected a NumPy array or torch tensor of rows; pass arrays, "
+                f"and of pairs the rows alone, for example (x for x, _ in loader)"
             )
         if is_cuda(batch):
             raise InputError(f"{what} is a CUDA tensor, expected host memory; pass the whole CUDA tensor as the source")

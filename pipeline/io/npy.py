@@ -90,7 +90,8 @@ class NpyFileSink(Sink):
             ) from None
         except OSError as error:
             raise OutputError(
-                f"can't create {self._partial}: {error.strerror}; choose a path that can be written"
+                f"can't write {path}: no file can be made in its folder ({error.strerror}); choose a path that can be "
+                f"written"
             ) from error
         try:
             self._reserve(rows or 0)

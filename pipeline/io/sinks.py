@@ -79,7 +79,7 @@ def open_sink(out: Any, source: Source, layer: FusedLinear, dtype: DType, wire: 
         ShapeError, DTypeError, OptionError, OutputError, OutputExistsError
     """
     if isinstance(out, (str, os.PathLike)):
-        return _open_file(Path(out), source, layer, dtype, wire, overwrite)
+        return _open_file(os.fspath(out), source, layer, dtype, wire, overwrite)
     if out is None:
         return _new_result(source, layer, dtype, wire)
     if not (is_torch(out) or isinstance(out, np.ndarray)):
@@ -96,9 +96,9 @@ def open_sink(out: Any, source: Source, layer: FusedLinear, dtype: DType, wire: 
         if isinstance(source, CudaSource):
             check_gpu_out(source.tensor, out, layer.out_features)
         check_gpu_layout(out)
-        _check_out_dtype(parse_dtype(out.dtype, "out dtype"), wire)
+        _check_out_dtype(parse_dtype(out.dtype, "out dtype", "pass one of these"), wire)
         return CudaSink(out, dtype)
-    array, array_dtype = host_view(out, "out")
+    array, array_dtype = host_view(out, "out", "pass one of these")
     _check_out_dtype(array_dtype, dtype)
     if not array.flags.writeable:
         raise OptionError("out is read-only; pass an array that can be written")
@@ -118,17 +118,18 @@ def _check_out_dtype(got: DType, expected: DType) -> None:
         raise DTypeError(f"out is {got}, the result is {expected}; pass out_dtype='{got}' to have it rounded to that")
 
 
-def _open_file(path: Path, source: Source, layer: FusedLinear, dtype: DType, wire: DType, overwrite: bool) -> Sink:
+def _open_file(name: str, source: Source, layer: FusedLinear, dtype: DType, wire: DType, overwrite: bool) -> Sink:
+    path = Path(name)
     if path.suffix != ".npy":
-        raise OptionError(f"out {str(path)!r} doesn't end in .npy, the only file format written")
+        raise OptionError(f"out {name!r} doesn't end in .npy, the only file format written; choose a name that does")
     if dtype.name == "bfloat16":
-        raise DTypeError("a .npy file can't hold bfloat16; pass out_dtype='float32' or 'float16'")
+        raise DTypeError("a .npy file can't hold bfloat16; pass out_dtype='float32' or out_dtype='float16'")
     if path.is_dir():
         raise OutputError(f"{path} is a directory, expected the path of a file to write")
     if os.path.lexists(path) and not overwrite:
         raise OutputExistsError(f"{path} exists; pass overwrite=True to replace it, or choose another path")
     if not path.parent.is_dir():
-        raise OutputError(f"{path.parent} isn't a directory; create it first")
+        raise OutputError(f"the folder {str(path.parent)!r} of out {name!r} isn't a directory; create it first")
     if source.path is not None and path.exists() and path.samefile(source.path):
         raise OutputError(f"{path} is the source itself; choose another output path")
     return NpyFileSink(path, source.rows, layer.out_features, dtype, wire, overwrite)

@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
@@ -88,18 +89,27 @@ def open_npy(path: Path, in_features: int) -> Source:
         raise FileFormatError(
             f"{path} holds Python objects, expected floating-point numbers; convert and save it again"
         )
-    element = parse_dtype(dtype.newbyteorder("="), f"the element type of {path}")
-    check_rows(shape, in_features, f"the array in {path}")
+    converted = f"convert the file, for example {_saved_again(path, 'float32')}"
+    element = parse_dtype(dtype.newbyteorder("="), f"the element type of {path}", converted)
+    check_rows(shape, in_features, f"the array in {path}", _saved_again(path, in_features))
     expected = offset + shape[0] * shape[1] * dtype.itemsize
     if size != expected:
         state = "truncated" if size < expected else "followed by other data"
-        raise FileFormatError(f"{path} is {state}: {size} bytes, its header promises {expected} for shape {shape}")
+        raise FileFormatError(
+            f"{path} is {state}: {size} bytes, its header promises {expected} for shape {shape}; copy or save it again"
+        )
     if fortran or not dtype.isnative or 0 in shape:
         array = np.load(path, mmap_mode="r" if 0 not in shape else None, allow_pickle=False)
         source = ArraySource(array, ".npy file" + (" in Fortran order" if fortran else ""))
         source.path = path
         return source
     return NpyFileSource(path, (shape[0], shape[1]), offset, element)
+
+
+def _saved_again(path: Path, change: str | int) -> str:
+    """What saves a file's array with another element type, or with so many features a row."""
+    change = f"astype('{change}')" if isinstance(change, str) else f"reshape(-1, {change})"
+    return f"np.save('new.npy', np.load('{path}').{change})"
 
 
 def open_source(value: Any, layer: FusedLinear, on_batch: Callable[[int], BatchResult | None] | None = None) -> Source:
@@ -112,7 +122,10 @@ def open_source(value: Any, layer: FusedLinear, on_batch: Callable[[int], BatchR
     if isinstance(value, (str, os.PathLike)):
         path = Path(value)
         if path.suffix != ".npy":
-            raise InputError(f"source {str(path)!r} isn't a .npy file; save the array with np.save, or pass it itself")
+            raise InputError(
+                f"source {os.fspath(value)!r} doesn't end in .npy, the only file format read; save the array with "
+                f"np.save, or pass it itself"
+            )
         source = open_npy(path, layer.in_features)
     elif is_torch(value) or isinstance(value, np.ndarray):
         check_rows(tuple(value.shape), layer.in_features, "the source")
@@ -120,6 +133,8 @@ def open_source(value: Any, layer: FusedLinear, on_batch: Callable[[int], BatchR
             source = CudaSource(value)
         else:
             source = ArraySource(value, "torch tensor" if is_torch(value) else "NumPy array")
+    elif isinstance(value, GeneratorType) and value.gi_frame is None:  # it would pass for an empty dataset
+        raise InputError("source is a generator that has ended already, expected a new one for each run")
     elif isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, dict, set)):
         source = BatchSource(value, layer, on_batch)
     else:
@@ -127,8 +142,14 @@ def open_source(value: Any, layer: FusedLinear, on_batch: Callable[[int], BatchR
             f"source is a {type(value).__name__}, expected a NumPy array, a torch tensor, the path of a .npy file or "
             f"an iterable of batches"
         )
+    what, remedy = f"the source ({source.kind})", ""
+    if source.path is not None:
+        what = f"the array in {source.path}"
+        remedy = f"convert the file, for example {_saved_again(source.path, layer.dtype.name)}"
+        if layer.dtype.name == "bfloat16":
+            remedy = "no .npy file can hold bfloat16; convert the weights, or pass a torch tensor"
     try:
-        layer.check_dtype(source.dtype, f"the source ({source.kind})")
+        layer.check_dtype(source.dtype, what, remedy)
     except InputError:
         source.close()
         raise
