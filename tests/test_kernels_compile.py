@@ -11,6 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from needs import without
 
 from pipeline.errors import CompileError
 from pipeline.kernels import ARCHITECTURES, Variant, all_variants
@@ -80,7 +81,7 @@ def cuobjdump() -> str:
     wheels = (Path(folder) / "nvidia" / "cu13" / "bin" / "cuobjdump" for folder in site.getsitepackages())
     found = next((str(path) for path in wheels if path.is_file()), None) or shutil.which("cuobjdump")
     if found is None:
-        pytest.skip("cuobjdump isn't installed: pip install '.[sass]'")
+        without("cuobjdump", "sass")
     return found
 
 

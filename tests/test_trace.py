@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from device_tests import assert_same_bits, random_layer, random_rows
+from needs import needs
 
 from pipeline import FusedLinear, OptionError, OutputError, Pipeline, TraceWarning, run_pipelined
 from pipeline.errors import FileFormatError
@@ -27,8 +28,7 @@ from pipeline.timeline import Timeline
 from pipeline.trace import check_trace, read_trace, write_trace
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
-needs_matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs the extra plot")
-needs_bokeh = pytest.mark.skipif(importlib.util.find_spec("bokeh") is None, reason="needs the extra plot")
+needs_matplotlib, needs_bokeh = needs("matplotlib", "plot"), needs("bokeh", "plot")
 
 
 @pytest.fixture
