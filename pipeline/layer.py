@@ -114,7 +114,7 @@ class FusedLinear:
 
         Raises:
             FileFormatError: not a safetensors file, or no such tensors, or several candidates.
-            FileNotFoundError: no such file.
+            FileNotFoundError, PermissionError: no such file, or one that can't be read.
             ShapeError, DTypeError: the tensors make no layer.
         """
         weight, bias = _read_safetensors(path)
@@ -256,6 +256,8 @@ def _read_safetensors(path: str | os.PathLike[str]) -> tuple[torch.Tensor, torch
         raise InputError(f"path is a {type(path).__name__}, expected the path of a .safetensors file")
     if os.path.isdir(path):
         raise FileFormatError(f"{path} is a directory, expected a .safetensors file")
+    with open(path, "rb"):  # safetensors says "no such file" of one that may not be read, too
+        pass
     try:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())

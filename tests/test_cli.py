@@ -257,7 +257,10 @@ BAD: dict[str, tuple[Callable[[Job], list[str]], str]] = {
     "integers": (saved(lambda job: job.x.astype(np.int32)), "is int32, .*; convert the file, .*'new.npy'.*astype"),
     "NaN scale": (lambda job: job.args(scale="nan"), "scaling_factor is nan, expected a finite number"),
     "infinite scale": (lambda job: job.args(scale="inf"), "scaling_factor is inf, expected a finite number"),
-    "missing weights": (lambda job: job.args(weights="nowhere.safetensors"), "nowhere.safetensors; check the path"),
+    "missing weights": (
+        lambda job: job.args(weights="nowhere.safetensors"),
+        "nowhere.safetensors: No such file or directory; check",
+    ),
     "damaged weights": (lambda job: job.args(weights=job.source), "isn't a readable .safetensors file"),
     "no weight inside": (weights_of({"a": np.zeros(3, np.float32)}), "expected exactly one called 'weight' or"),
     "2-D bias": (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,6 +141,23 @@ def test_layer_from_file_refuses_what_is_no_safetensors_file(tmp_path: Path) -> 
         FusedLinear.from_file(tmp_path)
     with pytest.raises(FileNotFoundError, match="missing"):
         FusedLinear.from_file(tmp_path / "missing.safetensors")
+
+
+def test_layer_from_file_that_may_not_be_read_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors calls it missing."""
+    path = tmp_path / "layer.safetensors"
+    save_file({"weight": torch.zeros(4, 4)}, path)
+    path.chmod(0)
+    monkeypatch.chdir(tmp_path)  # whose parents are closed to others
+    user = os.geteuid()
+    try:
+        if user == 0:  # who may read everything
+            tmp_path.chmod(0o755)
+            os.seteuid(65534)
+        with pytest.raises(PermissionError, match=path.name):
+            FusedLinear.from_file(path.name)
+    finally:
+        os.seteuid(user)
 
 
 @pytest.mark.parametrize("path", [None, 3, {"weight": 0}])
