@@ -37,6 +37,12 @@ def test_bench_file_checks_every_row_and_reports_memory(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [report]
 
 
+@pytest.mark.parametrize("report", ["", "none/file.json"])
+def test_bench_refuses_a_report_that_cannot_be_written_before_it_measures(report: str, tmp_path: Path) -> None:
+    done = bench("cpu", "--json", str(tmp_path / report))
+    assert done.returncode == 2 and done.stdout == "" and "expected a file in a folder that exists" in done.stderr
+
+
 def test_bench_cpu_checks_every_row(tmp_path: Path) -> None:
     report = tmp_path / "cpu.json"
     done = bench("cpu", "--rows", "500", "--features", "64", "--rounds", "2", "--json", str(report))
