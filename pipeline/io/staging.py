@@ -51,7 +51,7 @@ class Ring:
             if len(self._memory) == len(self._pieces):
                 self._memory.append(self._allocate(self.piece_rows * self.row_bytes))
             rows = self._memory[len(self._pieces)].view(self._dtype.carrier)
-            self._pieces.append(rows.reshape(self.piece_rows, self._features))
+            self._pieces.append(rows.reshape((self.piece_rows, self._features)))
         return self._free.popleft()
 
     def rows(self, piece: int, rows: int) -> HostArray:
