@@ -40,9 +40,11 @@ ALIGNMENT_BYTES = 16  # of addresses and row strides in device memory
 # Rows and columns of one matrix product on the CPU. Narrower products take longer for the same work.
 _CPU_PRODUCT_ROWS = 512
 _CPU_PRODUCT_COLUMNS = 512
-# Results before they are rounded, as many as fit a core's cache. Threads take turns to run Python, so that a narrow
-# layer's blocks have more rows than a product.
-_CPU_BLOCK_ELEMENTS = _CPU_PRODUCT_ROWS * _CPU_PRODUCT_COLUMNS
+# Results of a block before they are rounded, as many as fit a core's cache. Threads take turns to run Python, so that a
+# narrow layer's blocks have more rows than a product.
+_CPU_BLOCK_RESULTS = _CPU_PRODUCT_ROWS * _CPU_PRODUCT_COLUMNS
+# Inputs of a block, which are copied where they aren't aligned: few enough for malloc to lend the same memory again.
+_CPU_BLOCK_INPUTS = 2**21
 
 
 def reference(x: Any, weight: Any, bias: Any, scaling_factor: float) -> npt.NDArray[np.float64]:
@@ -194,7 +196,8 @@ class HostWeights:
         # more rows, in one thread, too (torch 2.13, MKL 2024.2); float32 products of 64 to 512 rows have the same.
         self.product_rows = CPU_ROW_GRID if self.compute_dtype == torch.float64 else _CPU_PRODUCT_ROWS
         widest = max(block.stop - block.start for block in self.column_blocks)
-        self.block_rows = max(_CPU_PRODUCT_ROWS, _CPU_BLOCK_ELEMENTS // widest // CPU_ROW_GRID * CPU_ROW_GRID)
+        rows = min(max(_CPU_PRODUCT_ROWS, _CPU_BLOCK_RESULTS // widest), _CPU_BLOCK_INPUTS // max(1, weight.shape[1]))
+        self.block_rows = max(1, rows // CPU_ROW_GRID) * CPU_ROW_GRID
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, scaling_factor: float, first_row: int = 0) -> None:
         """out[:] = layer(x), rounded once. `first_row` is the row's number in its dataset (see CPU_ROW_GRID).
