@@ -41,11 +41,12 @@ from pipeline.errors import (
 from pipeline.executor import Executor
 from pipeline.instrument import KEPT, KEPT_FOR_TRACE, RUN, Ceilings, Ranges, Recorder
 from pipeline.io.batches import BatchSink, BatchSource
+from pipeline.io.files import FileSource, memmap_of
 from pipeline.io.jobs import Cast, CopyJob
 from pipeline.io.native import open_workers
 from pipeline.io.rows import Chunk, Gather, Sink, Source
 from pipeline.io.sinks import CudaSink, open_sink, wrapper
-from pipeline.io.sources import ArraySource, CudaSource, mapped_file, open_source, source_file
+from pipeline.io.sources import ArraySource, CudaSource, open_source
 from pipeline.layer import FusedLinear
 from pipeline.report import Ends, Stats, advice, bound, ceiling_rows_per_s, comparable, mean_share, stage_stats
 from pipeline.timeline import Timeline, device_use, from_recorders
@@ -241,7 +242,8 @@ class Pipeline:
                 .npy file, or an iterable of batches with any number of rows each.
             out: None (a new array or tensor of the source's kind comes back), an array or tensor
                 (rows, out_features), also a CUDA tensor, or the path of a .npy file to write. A file appears under
-                its name only when it is complete.
+                its name only when it is complete. Rows for an `np.memmap` are written to its file, where the space is
+                reserved first; they are there, and in the map, when this returns, and on the disk after its flush().
             overwrite: replace an existing output file.
             progress: called with a `Progress` after each chunk, from the thread that runs its device.
             trace: a file for the run's timeline, replaced if it exists: .json for Perfetto and Chrome's trace viewer,
@@ -263,7 +265,7 @@ class Pipeline:
                 raise OptionError(f"overwrite is {overwrite!r}, expected True or False")
             if trace is not None:
                 check_trace(trace)
-            opened = open_source(source, self.layer)
+            opened = open_source(source, self.layer, is_pinned=self._is_pinned)
             try:
                 sink = open_sink(out, opened, self.layer, self.out_dtype, self.wire_out, overwrite)
                 try:
@@ -340,6 +342,14 @@ class Pipeline:
         if os.getpid() != self._pid:
             raise PipelineError("this Pipeline was made before this process was forked; make a new one here")
         return _Exclusive(self._busy)
+
+    def _is_pinned(self, array: HostArray) -> bool:
+        """Whether copy engines can use contiguous memory of the caller's as it is."""
+        for device in self._devices:
+            device.bind()
+            if device.has_bus and device.in_place(array):
+                return True
+        return False
 
     def _lanes_for(self, source: Source, sink: Sink) -> list[_Lane]:
         """The devices that take part: with a CUDA tensor at either end, the one that it is on."""
@@ -424,7 +434,7 @@ class Pipeline:
         if not self._tuning.pays((source.rows or 0) * row_bytes):
             return
         memory = source.array if isinstance(source, ArraySource) else None
-        if memory is not None and (not memory.flags.c_contiguous or mapped_file(memory) is not None):
+        if memory is not None and (not memory.flags.c_contiguous or memmap_of(memory) is not None):
             memory = None
         self._tuning.measure(memory)
         before, self.staging = self.staging, self._tuning.staging
@@ -664,7 +674,7 @@ def _layer_on_the_wire(layer: FusedLinear, wire: DType, workers: Workers) -> Fus
 def _ends(source: Source, sink: Sink) -> Ends:
     if isinstance(source, BatchSource):
         return Ends("batches", sink.where)
-    return Ends("memory" if source_file(source) is None else "file", sink.where)
+    return Ends("file" if isinstance(source, FileSource) else "memory", sink.where)
 
 
 def _auto_chunk_rows(layer: FusedLinear, wire_in: DType, wire_out: DType) -> int:

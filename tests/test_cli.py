@@ -334,7 +334,7 @@ def test_run_folds_notes_into_the_line(
     def fail() -> None:
         raise OSError(28, "No space left on device", "y.npy")
 
-    monkeypatch.setattr("pipeline.io.npy.FileTarget.drain", lambda *_: fail)
+    monkeypatch.setattr("pipeline.io.files.FileRows.drain", lambda *_: fail)
     before = job.files()
     assert cli.main(job.args("--chunk-rows", "100")) == 1
     line = error_line(capsys)
@@ -508,14 +508,13 @@ def test_demo_takes_few_rows(rows: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_demo_fails_when_one_chunk_is_wrong(
     wrong: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.io.npy import FileTarget
+    from pipeline.io.files import FileRows
 
-    def drain(self: FileTarget, first: int, piece: Any) -> Any:
-        chunk = (self._offset - 128) // (self._row_bytes * 25)
-        return original(self, first, piece + np.float32(wrong) if chunk == 5 else piece)
+    def drain(self: FileRows, first: int, piece: Any) -> Any:
+        return original(self, first, piece + np.float32(wrong) if self._row // 25 == 5 else piece)
 
-    original = FileTarget.drain
-    monkeypatch.setattr(FileTarget, "drain", drain)
+    original = FileRows.drain
+    monkeypatch.setattr(FileRows, "drain", drain)
     assert cli.main(["demo", "--rows", "200", "--in-features", "48", "--devices", "cpu", "--json"]) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out)["check"]["passed"] is False and "NaN" not in captured.out

@@ -131,8 +131,8 @@ class _NativeJob:
 
 
 class NativeWorkers:
-    """Copy workers in C. What they can't do (columns apart, foreign byte order, any other callable) NumPy does, in as
-    many Python threads."""
+    """Copy workers in C. What they can't do (columns apart, foreign byte order, files with gaps between rows, any
+    other callable) NumPy does, in as many Python threads."""
 
     def __init__(self, count: int, instructions: str = "best") -> None:
         self.library, reason = _library()
@@ -221,6 +221,8 @@ def _request(work: Job) -> _Request | None:
             rows=len(target),
             length=target.shape[1] * (1 if cast else target.itemsize),
         )
+    if work.strides is not None or work.swapped:
+        return None
     rows = work.target if isinstance(work, ReadJob) else work.source
     length = rows.nbytes if cast == 0 else rows.size
     request = _Request(cast=cast, fd=work.fd, rows=1, length=length, offset=work.position)

@@ -13,10 +13,11 @@ from pipeline.config import DType, parse_dtype
 from pipeline.devices.base import DeviceRows
 from pipeline.errors import DTypeError, OptionError, OutputError, OutputExistsError
 from pipeline.forward import check_gpu_layout, check_gpu_out, check_out
+from pipeline.io.files import MapSink, has_lines, memmap_of, open_map, reserve
 from pipeline.io.jobs import Cast, cast_between
 from pipeline.io.npy import NpyFileSink
 from pipeline.io.rows import ArrayTarget, Chunk, Sink, Source
-from pipeline.io.sources import CudaSource, mapped_file, source_bytes, source_file
+from pipeline.io.sources import CudaSource, reads_from, source_bytes
 from pipeline.layer import FusedLinear
 
 
@@ -107,10 +108,32 @@ def open_sink(out: Any, source: Source, layer: FusedLinear, dtype: DType, wire: 
     addresses = source_bytes(source)
     if addresses is not None and overlaps(addresses, np.lib.array_utils.byte_bounds(array)):
         raise OptionError("out overlaps the source; pass other memory, the layer can't run in place")
-    read, written = source_file(source), mapped_file(array)
-    if read and written and overlaps(read[1:], written[1:]) and os.path.samefile(read[0], written[0]):
-        raise OptionError(f"out maps the bytes of {read[0]} that are the source; the layer can't run in place")
-    return ArraySink(out, array, cast_between(wire, dtype))
+    whole, cast = memmap_of(array), cast_between(wire, dtype)
+    if whole is None or whole.mode == "c" or not array.size:  # mode "c": pages of its own, not the file's
+        return ArraySink(out, array, cast)
+    return _open_map_sink(out, array, source, cast)
+
+
+def _open_map_sink(out: Any, array: HostArray, source: Source, cast: Cast | None) -> Sink:
+    """The file behind `out`, with the disk space for its rows taken."""
+    if not has_lines(array):
+        raise OptionError(
+            f"out maps a file and has strides {array.strides}, expected contiguous rows (the last stride "
+            f"{array.itemsize}) or columns; pass an array in memory and copy it"
+        )
+    file = open_map(array, os.O_RDWR)
+    if file is None:
+        raise OutputError(
+            "the file that out maps can't be opened for writing; pass its path, or an array in memory and copy it"
+        )
+    try:
+        if reads_from(source, file):
+            raise OptionError(f"out maps the bytes of {file.path} that are the source; the layer can't run in place")
+        reserve(file.fd, file.path, file.low, file.high - file.low)
+        return MapSink(out, file.layout(array), cast)
+    except BaseException:
+        os.close(file.fd)
+        raise
 
 
 def _check_out_dtype(got: DType, expected: DType) -> None:

@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.arrays import HostArray, byte_range, host_view, is_cuda, is_torch
+from pipeline.arrays import HostArray, byte_range, host_view, is_cuda, is_torch, overlaps
 from pipeline.config import DType, parse_dtype
 from pipeline.devices.base import DeviceRows
 from pipeline.errors import FileFormatError, InputError
 from pipeline.forward import check_rows
 from pipeline.io.batches import BatchSource
+from pipeline.io.files import FileLayout, FileSource, MappedFile, memmap_of, open_map
 from pipeline.io.jobs import cast_between
-from pipeline.io.npy import NpyFileSource
 from pipeline.io.rows import ArrayRows, BatchResult, Feed, Gather, RangeFeed, Source
 from pipeline.layer import FusedLinear
 
 
 class ArraySource(Source):
-    """A NumPy array (memmaps too) or torch CPU tensor of shape (rows, features)."""
+    """A NumPy array or torch CPU tensor of shape (rows, features)."""
 
     def __init__(self, value: Any, kind: str) -> None:
         self.array, self.dtype = host_view(value, f"the source ({kind})")
@@ -98,12 +98,37 @@ def open_npy(path: Path, in_features: int) -> Source:
         raise FileFormatError(
             f"{path} is {state}: {size} bytes, its header promises {expected} for shape {shape}; copy or save it again"
         )
-    if fortran or not dtype.isnative or 0 in shape:
-        array = np.load(path, mmap_mode="r" if 0 not in shape else None, allow_pickle=False)
-        source = ArraySource(array, ".npy file" + (" in Fortran order" if fortran else ""))
-        source.path = path
+    rows, features = shape
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    strides = (dtype.itemsize, rows * dtype.itemsize) if fortran else (features * dtype.itemsize, dtype.itemsize)
+    layout = FileLayout(fd, path, offset, strides, swapped=not dtype.isnative, plain=not fortran and dtype.isnative)
+    source = FileSource(".npy file" + (" in Fortran order" if fortran else ""), layout, (rows, features), element)
+    source.path = path
+    return source
+
+
+def open_array(value: Any, is_pinned: Callable[[HostArray], bool]) -> Source:
+    """The source of a NumPy array or torch CPU tensor.
+
+    What lies in one piece in a file is read from there, if the map is shared with it: mode "c" has pages of its own.
+    Maps that the copy engines read in place, and views with gaps, are memory like any other.
+    """
+    source = ArraySource(value, "torch tensor" if is_torch(value) else "NumPy array")
+    array = source.array
+    whole = memmap_of(array)
+    if (
+        whole is None
+        or whole.mode == "c"
+        or not array.size
+        or not (array.flags.c_contiguous or array.flags.f_contiguous)
+    ):
         return source
-    return NpyFileSource(path, (shape[0], shape[1]), offset, element)
+    if is_pinned(array):
+        return source
+    file = open_map(array)
+    if file is None:
+        return source
+    return FileSource("memory-mapped file", file.layout(array), array.shape, source.dtype, array)
 
 
 def _saved_again(path: Path, change: str | int) -> str:
@@ -112,8 +137,14 @@ def _saved_again(path: Path, change: str | int) -> str:
     return f"np.save('new.npy', np.load('{path}').{change})"
 
 
-def open_source(value: Any, layer: FusedLinear, on_batch: Callable[[int], BatchResult | None] | None = None) -> Source:
-    """The source that `value` stands for, checked against the layer.
+def open_source(
+    value: Any,
+    layer: FusedLinear,
+    on_batch: Callable[[int], BatchResult | None] | None = None,
+    is_pinned: Callable[[HostArray], bool] = lambda array: False,
+) -> Source:
+    """The source that `value` stands for, checked against the layer. `is_pinned` says whether the copy engines can
+    read an array in place.
 
     Raises:
         ShapeError, DTypeError, FileFormatError, InputError: it can't be streamed through this layer.
@@ -129,10 +160,7 @@ def open_source(value: Any, layer: FusedLinear, on_batch: Callable[[int], BatchR
         source = open_npy(path, layer.in_features)
     elif is_torch(value) or isinstance(value, np.ndarray):
         check_rows(tuple(value.shape), layer.in_features, "the source")
-        if is_cuda(value):
-            source = CudaSource(value)
-        else:
-            source = ArraySource(value, "torch tensor" if is_torch(value) else "NumPy array")
+        source = CudaSource(value) if is_cuda(value) else open_array(value, is_pinned)
     elif isinstance(value, GeneratorType) and value.gi_frame is None:  # it would pass for an empty dataset
         raise InputError("source is a generator that has ended already, expected a new one for each run")
     elif isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray, dict, set)):
@@ -158,31 +186,25 @@ def open_source(value: Any, layer: FusedLinear, on_batch: Callable[[int], BatchR
 
 def source_bytes(source: Source) -> tuple[int, int] | None:
     """The addresses of a source's memory, first and one after last; None where it has none."""
-    if isinstance(source, ArraySource):
-        low, high = np.lib.array_utils.byte_bounds(source.array)
-        return (low, high)
     if isinstance(source, CudaSource):
         return byte_range(source.tensor)
-    return None
-
-
-def source_file(source: Source) -> tuple[Path, int, int] | None:
-    """The file that holds a source's rows, and the positions of its first byte and the one after its last."""
-    if isinstance(source, NpyFileSource):
-        return source.path, source.offset, source.offset + (source.rows or 0) * source.features * source.dtype.itemsize
-    return mapped_file(source.array) if isinstance(source, ArraySource) else None
-
-
-def mapped_file(array: HostArray) -> tuple[Path, int, int] | None:
-    """The same of an array that is, or is a view of, a np.memmap; None for other memory."""
-    whole: np.memmap[Any, Any] | None = None
-    owner: Any = array
-    while isinstance(owner, np.ndarray):
-        if isinstance(owner, np.memmap) and owner.filename is not None:
-            whole = owner
-        owner = owner.base
-    if whole is None:
+    array = source.array if isinstance(source, (ArraySource, FileSource)) else None
+    if array is None:
         return None
     low, high = np.lib.array_utils.byte_bounds(array)
-    shift = whole.offset - np.lib.array_utils.byte_bounds(whole)[0]
-    return Path(str(whole.filename)), low + shift, high + shift
+    return (low, high)
+
+
+def reads_from(source: Source, file: MappedFile) -> bool:
+    """Whether a source's rows are among those bytes of a file."""
+    if isinstance(source, FileSource):
+        return os.path.sameopenfile(source.layout.fd, file.fd) and overlaps(source.span, (file.low, file.high))
+    if not isinstance(source, ArraySource) or memmap_of(source.array) is None:
+        return False
+    mapped = open_map(source.array)
+    if mapped is None:
+        return False
+    try:
+        return os.path.sameopenfile(mapped.fd, file.fd) and overlaps((mapped.low, mapped.high), (file.low, file.high))
+    finally:
+        os.close(mapped.fd)

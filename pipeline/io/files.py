@@ -1,0 +1,213 @@
+"""Rows that lie in files, read with preadv and written with pwrite: no page of them is mapped.
+
+That goes for np.memmap arrays too, through a descriptor of our own of the file behind them (`open_map`). Storing
+through a map ends the process (SIGBUS) where the disk is full or the file was cut, and pages that are read through one
+count as the process's memory. Both ways meet in the system's page cache: what one writes, the other reads.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.arrays import HostArray, address_of
+from pipeline.config import GIB, DType
+from pipeline.errors import OutputError
+from pipeline.io.jobs import Cast, Job, ReadJob, WriteJob, cast_between
+from pipeline.io.rows import Chunk, Feed, Gather, RangeFeed, Sink, Source
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """Where rows lie in an open file: the position of their first element, the bytes from one row to the next and from
+    one column to the next. `plain` where each row follows the one before, in native byte order."""
+
+    fd: int
+    path: Path
+    position: int
+    strides: tuple[int, int]
+    swapped: bool = False
+    plain: bool = True
+
+    @classmethod
+    def in_order(cls, fd: int, path: Path, position: int, features: int, itemsize: int) -> FileLayout:
+        return cls(fd, path, position, (features * itemsize, itemsize))
+
+    @classmethod
+    def like(cls, fd: int, path: Path, position: int, array: HostArray) -> FileLayout:
+        """As the elements of `array` lie in memory."""
+        plain = array.shape[1] * array.itemsize, array.itemsize
+        row, column = (a if n > 1 else b for n, a, b in zip(array.shape, array.strides, plain, strict=True))
+        swapped = not array.dtype.isnative
+        return cls(fd, path, position, (row, column), swapped, not swapped and (row, column) == plain)
+
+    def arguments(self, row: int, cast: Cast | None) -> Any:
+        """What follows the memory in the arguments of a ReadJob or WriteJob, for rows from `row` on."""
+        strides = None if self.plain else self.strides
+        return self.fd, self.position + row * self.strides[0], self.path, cast, strides, self.swapped
+
+
+def has_lines(array: HostArray) -> bool:
+    """Whether its rows, or its columns, are contiguous."""
+    return any(n == 1 or stride == array.itemsize for n, stride in zip(array.shape, array.strides, strict=True))
+
+
+class FileRows:
+    """Rows of a file, from `row` on."""
+
+    array: HostArray | None = None
+
+    def __init__(self, layout: FileLayout, row: int, cast: Cast | None) -> None:
+        self._layout, self._row, self._cast = layout, row, cast
+
+    def fill(self, first: int, piece: HostArray) -> Job:
+        return ReadJob(piece, *self._layout.arguments(self._row + first, self._cast))
+
+    def drain(self, first: int, piece: HostArray) -> Job:
+        return WriteJob(piece, *self._layout.arguments(self._row + first, self._cast))
+
+
+class FileSource(Source):
+    """Rows of an open file, which it closes. `array` is the map of them that the caller passed, if that is one."""
+
+    def __init__(
+        self, kind: str, layout: FileLayout, shape: tuple[int, int], dtype: DType, array: HostArray | None = None
+    ) -> None:
+        self.kind, self.layout, self.dtype, self.array = kind, layout, dtype, array
+        self.rows, self.features = shape
+        self._fd = layout.fd
+
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
+        cast = cast_between(self.dtype, wire)
+        return RangeFeed(self.rows or 0, chunk_rows, lambda row, n: FileRows(self.layout, row, cast))
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The positions in the file of the first byte and the one after the last."""
+        (row, column), first = self.layout.strides, self.layout.position
+        last = first + ((self.rows or 0) - 1) * row + (self.features - 1) * column
+        return first, last + self.dtype.itemsize
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+class MapSink(Sink):
+    """The file behind a writable np.memmap of the caller's, who finds the rows in the map."""
+
+    where = "file"
+
+    def __init__(self, value: Any, layout: FileLayout, cast: Cast | None) -> None:
+        self._value, self._layout, self._cast, self._fd = value, layout, cast, layout.fd
+
+    def target(self, chunk: Chunk) -> FileRows:
+        return FileRows(self._layout, chunk.row, self._cast)
+
+    def finish(self, rows: int) -> Any:
+        self.abort()
+        return self._value
+
+    def abort(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def reserve(fd: int, path: Path, position: int, n_bytes: int) -> None:
+    """Take a file's disk space now, so that a full disk shows before any work. What the file holds stays.
+
+    Raises:
+        OutputError: there isn't as much.
+    """
+    try:
+        os.posix_fallocate(fd, position, n_bytes)
+    except OSError as error:
+        raise OutputError(
+            f"can't reserve {n_bytes / GIB:.2f} GiB for {path}: {error.strerror}; free space or choose another path"
+        ) from error
+
+
+# -- what is behind a map ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """The open file behind an array, and the positions in it of the array's first byte and the one after its last."""
+
+    fd: int
+    path: Path
+    low: int
+    high: int
+
+    def layout(self, array: HostArray) -> FileLayout:
+        """Where the array's rows lie in it."""
+        first = self.low + address_of(array) - np.lib.array_utils.byte_bounds(array)[0]
+        return FileLayout.like(self.fd, self.path, first, array)
+
+
+def memmap_of(array: HostArray) -> np.memmap[Any, Any] | None:
+    """The np.memmap that an array is or is a view of; None for other memory."""
+    owner: Any = array
+    while isinstance(owner, np.ndarray) and not isinstance(owner.base, mmap.mmap):
+        owner = owner.base
+    return owner if isinstance(owner, np.memmap) else None
+
+
+def open_map(array: HostArray, flags: int = os.O_RDONLY) -> MappedFile | None:
+    """Open the file behind a view of an np.memmap, whatever its name has become; None where it isn't found.
+
+    The map itself holds a descriptor of its file. The one that has the map's inode is opened again, and is the right
+    one if a page mapped from it shows the same device and inode in the system's list.
+    """
+    low, high = np.lib.array_utils.byte_bounds(array)
+    mapped = _mapped_at(low)
+    if mapped is None:
+        return None
+    file, position = mapped
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            status = os.fstat(int(name))
+            if not stat.S_ISREG(status.st_mode) or str(status.st_ino) != file[1]:
+                continue
+            path = Path(os.readlink(f"/proc/self/fd/{name}"))
+            fd = os.open(f"/proc/self/fd/{name}", flags | os.O_CLOEXEC)
+        except OSError:  # another thread has closed it, or it may not be opened so
+            continue
+        if _is_file(fd, file):
+            return MappedFile(fd, path, position, position + high - low)
+        os.close(fd)
+    return None
+
+
+def _is_file(fd: int, file: tuple[str, str]) -> bool:
+    """NOTE: fstat's device isn't the one of the list on Btrfs and overlay file systems. A map of it gives the same."""
+    try:
+        with mmap.mmap(fd, 1, prot=mmap.PROT_READ) as page:
+            page_bytes = np.frombuffer(page, np.uint8)
+            mapped = _mapped_at(address_of(page_bytes))
+            del page_bytes  # which the map can't be closed before
+    except (OSError, ValueError):
+        return False
+    return mapped is not None and mapped[0] == file
+
+
+def _mapped_at(address: int) -> tuple[tuple[str, str], int] | None:
+    """The file that is mapped at an address, as device and inode, and the position there. Format: proc(5)."""
+    try:
+        with open("/proc/self/maps") as lines:
+            for line in lines:
+                span, _, offset, device, inode = line.split(maxsplit=5)[:5]
+                first, end = (int(bound, 16) for bound in span.split("-"))
+                if first <= address < end:
+                    return (device, inode), int(offset, 16) + address - first
+    except OSError:
+        pass
+    return None
