@@ -54,6 +54,7 @@ from pipeline.trace import check_trace, write_trace
 from pipeline.tune import Tuning
 
 _run_numbers = itertools.count()
+_GATHER_BYTES, _FEWEST_BUFFERS = 96 * 2**20, 2  # pinned chunk buffers for iterables, all devices together
 
 
 @dataclass(frozen=True)
@@ -385,7 +386,7 @@ class Pipeline:
         done = _Count(source.rows, progress, self._ceiling_rows_per_s(lanes))
         ranges, number = Ranges(), next(_run_numbers)
         start = lanes[0].device.now()
-        gather = Gather(self._gather_buffers(), self.num_streams * len(lanes) + 1, lanes[0].workers.run)
+        gather = Gather(self._gather_buffers(), self._gather_depth(len(lanes)), lanes[0].workers.run)
         feed = source.feed(self._rows_a_chunk(source, len(lanes)), gather, self.wire_in)
         errors: list[BaseException] = []
 
@@ -473,6 +474,12 @@ class Pipeline:
         if not self._chooses_rows or source.rows is None:
             return self.chunk_rows
         return rows_a_chunk(source.rows, devices, self.chunk_rows)
+
+    def _gather_depth(self, devices: int) -> int:
+        """How many chunk buffers an iterable's rows are gathered in: a chunk leaves its buffer when it is copied to the
+        device, so a few are enough for all devices."""
+        chunk_bytes = self.chunk_rows * self._wire_row_bytes[0]
+        return min(self.num_streams * devices + 1, max(_FEWEST_BUFFERS, _GATHER_BYTES // chunk_bytes))
 
     def _gather_buffers(self) -> Callable[[int], HostArray]:
         """Allocates pinned chunk buffers for sources that gather rows, reusing those of earlier runs."""

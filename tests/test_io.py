@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import os
 import re
 import resource
@@ -49,6 +50,7 @@ from pipeline.errors import (
     ShapeError,
 )
 from pipeline.io.rows import Gather
+from pipeline.io.sinks import _memory_bytes
 from pipeline.io.sources import ArraySource, open_npy
 from pipeline.kernels.driver import count_gpus
 
@@ -687,6 +689,15 @@ def test_sink_memmap_of_the_source_file_is_refused(tmp_path: Path) -> None:
     assert path.read_bytes() == content
 
 
+def test_sink_tensor_of_the_map_that_is_the_source_is_refused(tmp_path: Path) -> None:
+    layer, square = random_layer(IN, IN), random_rows(40, IN)
+    np.save(tmp_path / "x.npy", square)
+    source = np.load(tmp_path / "x.npy", mmap_mode="r+")
+    with pytest.raises(OptionError, match="out overlaps the source"):
+        run_pipelined(layer, source[:20], torch.from_numpy(source)[10:30], devices="cpu")
+    assert (source == square).all()
+
+
 def test_sink_memmap_of_another_part_of_the_source_file_is_fine(tmp_path: Path) -> None:
     layer, x = random_layer(IN, IN), random_rows(40, IN)
     np.concatenate([x, x]).tofile(tmp_path / "both.bin")
@@ -1131,6 +1142,57 @@ def test_batches_that_block_for_ever_are_named(monkeypatch: pytest.MonkeyPatch) 
     with nothing_left_behind():
         pass
     assert pipeline_threads() == []
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+@pytest.mark.parametrize("memory_rows", [10**6, 50, 49, 20, 0])
+def test_batches_beyond_the_memory_that_was_granted_at_first(
+    memory_rows: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.io.sinks._memory_bytes", lambda: memory_rows * OUT * 4)
+    with open_pipeline(devices=device) as pipeline:
+        out = pipeline.run(batches_of(X, [7, 3])).out
+    assert out.shape == (50, OUT) and out.flags.c_contiguous
+    assert_same_bits(out, LAYER(X))
+
+
+def test_batches_where_address_space_is_limited() -> None:
+    """The system refuses an array as large as its memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (used + _memory_bytes() // 2, hard))
+        with pytest.raises(MemoryError):
+            np.empty(_memory_bytes(), np.uint8)
+        assert_same_bits(run_pipelined(LAYER, batches_of(X, [7, 3]), devices="cpu").out, LAYER(X))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def test_batches_result_uses_memory_for_its_rows_only() -> None:
+    layer, x = random_layer(4, 2048), random_rows(8192, 4)  # 64 MiB out
+
+    def resident_mib() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 2**20
+
+    with open_pipeline(layer, chunk_rows=1024) as pipeline:
+        pipeline.run(x[:1024])
+        before = resident_mib()
+        out = pipeline.run(batches_of(x, [1000])).out
+        assert out.nbytes == 64 * 2**20 and 50 < resident_mib() - before < 64 + 40
+
+
+def test_batches_are_gathered_in_few_pinned_bytes() -> None:
+    """Three chunks of 32 MiB, where there are 6 streams; as many as streams and one more where they are small."""
+    layer, x = random_layer(8192, 4), np.zeros((500, 8192), np.float32)
+    with Pipeline(layer, devices="cpu") as pipeline:
+        assert pipeline.chunk_rows == 1024
+        result = pipeline.run(itertools.repeat(x, 20))
+        assert sum(buffer.nbytes for buffer in pipeline._gather) == 96 * 2**20
+    assert result.stats.chunks == 10
+    with Pipeline(layer, devices="cpu", chunk_rows=4096) as pipeline:
+        pipeline.run(itertools.repeat(x, 30))
+        assert len(pipeline._gather) == 2
 
 
 def test_batches_list_and_iterator_objects() -> None:

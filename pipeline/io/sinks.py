@@ -36,24 +36,49 @@ class ArraySink(Sink):
 
 
 class GrowingSink(Sink):
-    """A new array for a source that doesn't know its length: a block a chunk, joined at the end."""
+    """A new array for a source that doesn't know its length.
+
+    It is the beginning of an array as large as the machine's memory, of which the system gives the pages that rows are
+    written to: what is joined at the end of a run would be written twice. Where it refuses (a limit on address space),
+    and beyond, rows are a block a chunk, and joined.
+    """
 
     where = "fresh memory"
 
     def __init__(self, out_features: int, dtype: DType, cast: Cast | None, wrap: Any) -> None:
         self._features, self._dtype, self._cast, self._wrap = out_features, dtype, cast, wrap
         self._blocks: dict[int, HostArray] = {}
+        try:
+            self._whole = self._rows(_memory_bytes() // (out_features * dtype.itemsize))
+        except MemoryError:
+            self._whole = self._rows(0)
+
+    def _rows(self, rows: int) -> HostArray:
+        return np.empty((rows, self._features), self._dtype.carrier)
 
     def target(self, chunk: Chunk) -> ArrayTarget:
-        block = self._blocks[chunk.row] = np.empty((chunk.rows, self._features), self._dtype.carrier)
-        return ArrayTarget(block, self._cast, fresh=True)
+        end = chunk.row + chunk.rows
+        if end <= len(self._whole):
+            rows = self._whole[chunk.row : end]
+        else:
+            rows = self._blocks[chunk.row] = self._rows(chunk.rows)
+        return ArrayTarget(rows, self._cast, fresh=True)
 
     def finish(self, rows: int) -> Any:
-        whole = np.empty((rows, self._features), self._dtype.carrier)
+        if not self._blocks:
+            return self._wrap(self._whole[:rows])
+        whole, first = self._rows(rows), min(self._blocks)
+        whole[:first] = self._whole[:first]
+        self._whole = whole
         for row in sorted(self._blocks):  # each block is freed as soon as it is copied: no second copy of it all
             block = self._blocks.pop(row)
             whole[row : row + len(block)] = block
         return self._wrap(whole)
+
+
+def _memory_bytes() -> int:
+    """Most of the machine's memory. By default Linux grants an allocation of no more than that, used or not."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16 * 15
 
 
 class CudaSink(Sink):
