@@ -387,7 +387,7 @@ class Pipeline:
         ranges, number = Ranges(), next(_run_numbers)
         start = lanes[0].device.now()
         gather = Gather(self._gather_buffers(), self._gather_depth(len(lanes)), lanes[0].workers.run)
-        feed = source.feed(self._rows_a_chunk(source, len(lanes)), gather, self.wire_in)
+        feed = source.feed(self._rows_a_chunk(source, len(lanes)), gather, self.wire_in)  # reads nothing yet
         errors: list[BaseException] = []
 
         def run(lane: _Lane, recorder: Recorder) -> None:
@@ -416,8 +416,8 @@ class Pipeline:
                     uninterrupted(thread.join)
         sink.stop()
         try:
-            feed.stop()
-        except PipelineError as error:  # a reader that hangs; what made it stop comes first
+            uninterrupted(feed.stop)
+        except BaseException as error:  # a reader that hangs, or an interrupt; what made it stop comes first
             errors.append(error)
         if errors:
             try:

@@ -23,7 +23,7 @@ from typing import Any, Protocol, TypeVar
 from pipeline.arrays import HostArray
 from pipeline.config import DType, Staging
 from pipeline.devices.base import Device, DeviceRows, Operation, Workers
-from pipeline.errors import DeviceError
+from pipeline.errors import DeviceError, uninterrupted
 from pipeline.instrument import Ranges, Recorder
 from pipeline.io.jobs import Job
 from pipeline.io.rows import Chunk, Feed, Sink, SourceRows, TargetRows
@@ -147,8 +147,8 @@ class Executor:
                 raise self._error
         except BaseException:
             stopping.set()
-            if self._unfinished:
-                self._abandon()
+            if self._unfinished:  # files are closed after this, and arrays are the caller's again
+                uninterrupted(self._abandon)
             raise
         finally:  # the caller's data isn't kept alive until the next run
             del self._feed, self._sink, self._on_commit, self._error
@@ -417,6 +417,7 @@ class Executor:
             for step in lane:
                 if step.range is not None:
                     self._ranges.end(step.range)
+                    step.range = None
         self.ring_in.give_back_all()
         self.ring_out.give_back_all()
         for queue in (self._flights, self._filling, self._uploading, self._running, self._downloading, self._draining):

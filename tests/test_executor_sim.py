@@ -901,8 +901,8 @@ def test_executor_interrupt_leaves_every_buffer_free(
         rig.check_next_run()
 
 
-def test_executor_second_interrupt_leaves_the_buffers_to_the_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It leaves at once, while copies still use pieces; the next run waits for them first."""
+def test_executor_second_interrupt_waits_for_what_is_in_flight_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies still use pieces, the caller's arrays and descriptors that are closed when the run is over."""
     rig = Rig(monkeypatch)
     idle, synchronize = rig.device.idle, rig.device.synchronize
     calls = iter(range(10**6))
@@ -912,15 +912,18 @@ def test_executor_second_interrupt_leaves_the_buffers_to_the_next_run(monkeypatc
             raise KeyboardInterrupt
         idle()
 
+    in_flight: list[int] = []
+
     def interrupted_synchronize() -> None:
         monkeypatch.setattr(rig.device, "synchronize", synchronize)
+        in_flight.append(len(rig.device._moments))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rig.device, "idle", interrupted_idle)
     monkeypatch.setattr(rig.device, "synchronize", interrupted_synchronize)
     with pytest.raises(KeyboardInterrupt):
         rig.run()
-    assert rig.device._moments, "the test wants something in flight"
+    assert in_flight[0] and not rig.device._moments, "the test wants something in flight"
     rig.check_next_run()
 
 

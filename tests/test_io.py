@@ -49,6 +49,7 @@ from pipeline.errors import (
     PipelineError,
     ShapeError,
 )
+from pipeline.io.native import NativeWorkers
 from pipeline.io.rows import Gather
 from pipeline.io.sinks import _memory_bytes
 from pipeline.io.sources import ArraySource, open_npy
@@ -902,10 +903,73 @@ def test_npy_sink_leaves_a_file_that_appears_during_the_run(
     path = tmp_path / "y.npy"
     if not links:
         monkeypatch.setattr(os, "link", refusing(errno.EPERM))
-    with open_pipeline() as pipeline, nothing_left_behind(tmp_path, copy_workers=False):
-        with pytest.raises(OutputExistsError, match="appeared during the run"):
+    with open_pipeline() as pipeline, nothing_left_behind(copy_workers=False):
+        with pytest.raises(OutputExistsError, match=r"the result is complete in .*y\.npy\.partial"):
             pipeline.run(X, path, progress=lambda progress: path.write_bytes(b"theirs"))
         assert path.read_bytes() == b"theirs"
+    assert_same_bits(np.load(tmp_path / "y.npy.partial"), LAYER(X))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_npy_sink_syncs_its_folder_once_the_file_has_its_name(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, fsync, synced = tmp_path / "y.npy", os.fsync, []
+
+    def recorded(fd: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{fd}")).name, path.exists()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    run_pipelined(LAYER, X, path, devices="cpu", overwrite=overwrite)
+    assert synced == [("y.npy.partial", False), (tmp_path.name, True)]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EIO])
+def test_npy_sink_on_file_systems_that_sync_no_folders(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def refused(fd: int) -> None:
+        if Path(os.readlink(f"/proc/self/fd/{fd}")).is_dir():
+            raise OSError(code, os.strerror(code))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    if code == errno.EINVAL:
+        run_pipelined(LAYER, X, tmp_path / "y.npy", devices="cpu")
+    else:
+        with pytest.raises(OutputError, match="Input/output error"):
+            run_pipelined(LAYER, X, tmp_path / "y.npy", devices="cpu")
+    assert_same_bits(np.load(tmp_path / "y.npy"), LAYER(X))
+
+
+def test_reader_that_copies_when_a_run_stops_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long that takes: its chunk buffers are the next run's."""
+    monkeypatch.setattr("pipeline.io.batches._PATIENCE_S", 0.05)
+    run, copying = NativeWorkers.run, threading.Event()
+
+    def slow(workers: NativeWorkers, work: Any) -> None:
+        if work.target.shape[0] == 16 and not copying.is_set():
+            copying.set()
+            time.sleep(0.5)
+        run(workers, work)
+
+    def fail(progress: Any) -> None:
+        assert copying.wait(5)
+        raise PlannedError
+
+    def batches() -> Iterator[Any]:
+        yield X[:5]
+        yield from (X for _ in range(50))
+
+    with open_pipeline() as pipeline, nothing_left_behind(copy_workers=False):
+        monkeypatch.setattr(NativeWorkers, "run", slow)
+        with pytest.raises(PlannedError):
+            pipeline.run(batches(), progress=fail)
+        assert not any(thread.name == "pipeline-reader" for thread in threading.enumerate())
+        assert_same_bits(pipeline.run([X]).out, LAYER(X))
 
 
 @pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])

@@ -173,6 +173,16 @@ def test_interrupt_between_any_two_steps_of_a_job_does_no_harm(monkeypatch: pyte
     workers.close()
 
 
+def test_closed_workers_take_no_work() -> None:
+    """The pool's memory is gone."""
+    workers = NativeWorkers(1)
+    workers.close()
+    job = CopyJob(poisoned((2, 2)), random_rows(2, 2))
+    for use in (workers.submit, workers.run):
+        with pytest.raises(PipelineError, match="closed"):
+            use(job)
+
+
 def test_jobs_that_nobody_asks_for_are_forgotten_once_all_are_done() -> None:
     """As of a run that was interrupted: the workers must not keep its arrays."""
     workers = NativeWorkers(2)

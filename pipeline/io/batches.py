@@ -20,6 +20,8 @@ from pipeline.io.jobs import CopyJob, cast_between
 from pipeline.io.rows import ArrayRows, ArrayTarget, BatchResult, Chunk, Feed, Gather, Sink, Source
 from pipeline.layer import FusedLinear
 
+_PATIENCE_S = 5.0  # with an iterable, once the run stops
+
 
 class BatchSource(Source):
     """An iterable of batches: NumPy arrays or torch CPU tensors of shape (any number of rows, features).
@@ -93,6 +95,7 @@ class _BatchFeed(Feed):
     _error: BaseException | None = None
     _finished: bool = False
     _stopping: bool = False
+    _copying: bool = False
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -100,14 +103,14 @@ class _BatchFeed(Feed):
         self._allocated = 0
         self._next = (0, 0)  # index and row of the next chunk
         self._thread = threading.Thread(target=self._read, name="pipeline-reader", daemon=True)
-        self._thread.start()
+        self._started = False
 
     def _read(self) -> None:
         try:
             filling: _Filling | None = None
             try:
                 for batch in self.source.arrays():
-                    if self._stopping:  # the chunk buffers may belong to the next run by now
+                    if self._stopping:
                         return
                     filling = self._gather(batch, filling)
             finally:
@@ -135,7 +138,13 @@ class _BatchFeed(Feed):
                 filling = _Filling(*self._next, buffer, time.perf_counter())
             rows = min(len(batch) - at, self.chunk_rows - filling.rows)
             place = filling.buffer[filling.rows : filling.rows + rows]
-            self.gather.copy(CopyJob(place, batch[at : at + rows], self._cast))
+            self._copying = True  # before the look at `_stopping`: stop() sets that before it looks at this
+            try:
+                if self._stopping:  # the chunk buffers may belong to the next run soon
+                    return None
+                self.gather.copy(CopyJob(place, batch[at : at + rows], self._cast))
+            finally:
+                self._copying = False
             filling.rows += rows
             at += rows
             if filling.rows == self.chunk_rows or (result is not None and at == len(batch)):
@@ -162,15 +171,20 @@ class _BatchFeed(Feed):
 
     def _buffer(self) -> HostArray | None:
         """A free chunk buffer; None once the run stops."""
+        if self._stopping:
+            return None
         if self._allocated < self.gather.depth:
             self._allocated += 1
             features = self.source.features
             memory = self.gather.buffers(self.chunk_rows * features * self.wire.itemsize)
             return memory.view(self.wire.carrier).reshape(self.chunk_rows, features)
-        return None if self._stopping else self._free.get()
+        return self._free.get()
 
     def take(self) -> Chunk | None:
         with self._lock:
+            if not self._started:  # not before: nobody could stop it if an interrupt came first
+                self._started = True
+                self._thread.start()
             finished = self._finished  # read before the queue: nothing is added afterwards
             try:
                 return self._ready.get_nowait()
@@ -189,7 +203,9 @@ class _BatchFeed(Feed):
         """End the reader. An iterable that blocks for ever can't be interrupted: its thread is left after 5 s."""
         self._stopping = True
         self._free.put(None)
-        self._thread.join(timeout=5.0)
+        until_s = time.monotonic() + _PATIENCE_S
+        while self._thread.is_alive() and (self._copying or time.monotonic() < until_s):
+            self._thread.join(0.05)
         if self._thread.is_alive():
             raise PipelineError(
                 "the source iterable hasn't returned for 5 s after the run stopped, so its reader thread is left "

@@ -156,6 +156,7 @@ class NativeWorkers:
         return f"copy workers: {self.count} (native, {self._isa}{numpy})"
 
     def submit(self, work: Job) -> Operation:
+        self._check_open()
         request = _request(work)
         if request is None:
             self._by_numpy += 1
@@ -172,6 +173,7 @@ class NativeWorkers:
         return job
 
     def run(self, work: Job) -> None:
+        self._check_open()
         request = _request(work)
         if request is None:
             work()
@@ -185,6 +187,10 @@ class NativeWorkers:
         for job in list(self._jobs):  # also of a run that was given up, and asks for none of them
             if self.library.host_copy_done(job.memory, ctypes.byref(_Result())):
                 self.forget(job)
+
+    def _check_open(self) -> None:
+        if not self._close.alive:
+            raise PipelineError("these copy workers are closed")
 
     def forget(self, job: _NativeJob) -> None:
         self._jobs.discard(job)

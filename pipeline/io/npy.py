@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class NpyFileSink(Sink):
         self._cast = cast_between(wire, dtype)
         self._path, self._shape, self._dtype, self._overwrite = path, (rows, out_features), dtype, overwrite
         self._partial = path.with_name(path.name + ".partial")
+        self._keep = False
         try:
             self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError:
@@ -70,8 +72,13 @@ class NpyFileSink(Sink):
                 os.replace(self._partial, self._path)
             else:
                 _rename_without_replacing(self._partial, self._path)
+            _sync_folder(self._path.parent)
         except FileExistsError:
-            raise OutputExistsError(f"{self._path} appeared during the run; it was left as it is") from None
+            self._keep = True
+            raise OutputExistsError(
+                f"{self._path} appeared during the run and was left as it is; the result is complete in "
+                f"{self._partial}: move it to where it should be"
+            ) from None
         except OSError as error:
             raise disk_error(error, self._path) from error
         os.close(self._fd)
@@ -82,7 +89,24 @@ class NpyFileSink(Sink):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-            self._partial.unlink(missing_ok=True)
+            if not self._keep:
+                self._partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a folder's entries on disk, so that a new name outlives a loss of power. Where a file system can't or the
+    folder may not be read, the system does it in its own time."""
+    try:
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(fd)
 
 
 def _rename_without_replacing(old: Path, new: Path) -> None:
