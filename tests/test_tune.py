@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -19,9 +20,10 @@ from pipeline.arrays import HostArray
 from pipeline.config import FLOAT32, MIB, Staging
 from pipeline.devices.base import Device, DeviceRows, Operation, Workers
 from pipeline.devices.cpu import CpuDevice
+from pipeline.devices.sim import SimDevice
 from pipeline.errors import DeviceMemoryError, OptionError
 from pipeline.measure import Copies, _Shape
-from pipeline.simulate import Rates, _PlanDevice, _PlanWorkers
+from pipeline.simulate import Lanes, _PlanDevice, _PlanWorkers
 
 MEASURED = tune.Measured(4 * MIB, 5, 3, 55.0, 54.0, 50.0, 60.0, 45.0, 0.9, "2026-11-22T20:00:00+00:00")
 FACTS = {"cpu": "one", "cores": 2, "devices": ["GPU"], "copy_workers": "native"}
@@ -106,27 +108,35 @@ class SimulatedBus(_PlanDevice):
     """A simulated GPU without data whose copies can be measured; its copy workers are simulated as well."""
 
     has_bus, description = True, "simulated GPU with a bus"
-    rates = Rates(h2d=50e9, d2h=40e9, flop=1e15, copy=60e9, fill=60e9, drain=60e9)
+    row_bytes = 8192 * 4
+    lanes = Lanes(
+        fill=60e9 / row_bytes,
+        h2d=50e9 / row_bytes,
+        kernel=math.inf,
+        d2h=40e9 / row_bytes,
+        drain=60e9 / row_bytes,
+        memory=60e9 / (2 * row_bytes),
+        fill_share=0.5,
+        pause_s=0.0,
+    )
 
     def __init__(self) -> None:
-        super().__init__(self.rates)
+        super().__init__(self.lanes)
         self.memory: list[HostArray] = []
 
     def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
-        probe = SimulatedBus()
-        probe.prepare(_Shape(), FLOAT32, chunk_rows)  # type: ignore[arg-type]  # all that it looks at
-        probe.allocate(chunk_rows, num_streams)
-        return probe
+        assert row_bytes == self.row_bytes
+        return SimulatedBus()
 
     def pinned(self, n_bytes: int) -> HostArray:
-        self.memory.append(super().pinned(n_bytes))
+        self.memory.append(SimDevice.pinned(self, n_bytes))
         return self.memory[-1]
 
     def in_place(self, rows: HostArray) -> bool:
         return any(np.may_share_memory(rows, memory) for memory in self.memory)
 
     def workers(self) -> Workers:
-        return _TellingWorkers(self, self.rates)
+        return _TellingWorkers(self, self.lanes)
 
     def close(self) -> None:
         super().close()
@@ -140,7 +150,7 @@ class _TellingWorkers(_PlanWorkers):
         stage = "drain" if work.streaming else "fill"  # type: ignore[attr-defined]
 
         def tell() -> None:
-            self.asked = (stage, work.source.nbytes)  # type: ignore[attr-defined]
+            self.asked = (stage, len(work.source))  # type: ignore[attr-defined]
 
         return super().submit(tell)
 
