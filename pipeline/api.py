@@ -473,6 +473,8 @@ class Pipeline:
         """The rows of a run's chunks: `chunk_rows`, or fewer where they were to be chosen and the source is short."""
         if not self._chooses_rows or source.rows is None:
             return self.chunk_rows
+        if self.device_names == ["cpu"]:  # whose threads wait for each other at the end of each chunk
+            return rows_a_chunk(source.rows, devices, self.chunk_rows, fewest_chunks=2)
         return rows_a_chunk(source.rows, devices, self.chunk_rows)
 
     def _gather_depth(self, devices: int) -> int:

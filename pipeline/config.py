@@ -233,10 +233,10 @@ def auto_chunk_rows(row_bytes: int) -> int:
     return int(min(65_536, max(128, CHUNK_BYTES // row_bytes // 128 * 128)))
 
 
-def rows_a_chunk(rows: int, devices: int, most: int) -> int:
+def rows_a_chunk(rows: int, devices: int, most: int, *, fewest_chunks: int = _FEWEST_CHUNKS) -> int:
     """Rows of the chunks of a run of `rows` rows on `devices` devices: `most`, or fewer where the run is so short that
     its copies and kernels wouldn't overlap."""
-    share = -(-rows // (_FEWEST_CHUNKS * devices))
+    share = -(-rows // (fewest_chunks * devices))
     return min(most, max(_FEWEST_ROWS, -(-share // 128) * 128))
 
 

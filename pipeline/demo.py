@@ -60,9 +60,10 @@ def run_demo(
     from pipeline.api import Pipeline
 
     on_gpu = names[0].startswith("cuda")
-    rows = rows or (65_536 if on_gpu else 4_096)
+    rows = rows or (65_536 if on_gpu else 16_384)
     in_features, out_features = (n or (4_096 if on_gpu else 1_024) for n in (in_features, out_features))
     small = rows * max(in_features, out_features) < 2**26  # fewer than 8 chunks of the automatic size
+    chunks = 8 if on_gpu else 2
     torch_device = names[0] if on_gpu and torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("highest")  # NOTE: some containers turn tf32 on by an environment variable
 
@@ -86,7 +87,7 @@ def run_demo(
 
         seconds: list[float] = []
         torch_seconds: list[float] = []
-        with Pipeline(layer, devices=names, chunk_rows=max(1, rows // 8) if small else "auto") as pipe:
+        with Pipeline(layer, devices=names, chunk_rows=max(1, rows // chunks) if small else "auto") as pipe:
             repeats = _REPEATS
             while len(seconds) <= repeats:  # the first of each warms up
                 out.unlink(missing_ok=True)

@@ -92,7 +92,7 @@ def test_plan_of_a_short_job_counts_filling_and_emptying_the_lanes() -> None:
 @pytest.mark.parametrize(("rows", "gpus", "hosts"), [(1024, 1, 1), (60_000, 1, 1), (60_000, 4, 2), (10**6, 1, 1)])
 def test_plan_has_the_chunks_of_a_run(rows: int, gpus: int, hosts: int) -> None:
     found = predict(replace(JOB, rows=rows, gpus=gpus, hosts=hosts), H200)
-    with Pipeline(random_layer(4096, 4096), devices="cpu") as pipe:
+    with Pipeline(random_layer(4096, 4096), devices="sim") as pipe:
         source = open_source(np.broadcast_to(np.float32(0), (rows // hosts, 4096)), pipe.layer)
         assert found.chunk_rows == pipe._rows_a_chunk(source, gpus // hosts)
 

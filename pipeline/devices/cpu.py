@@ -19,6 +19,8 @@ from pipeline.errors import DeviceMemoryError
 from pipeline.forward import HostWeights
 from pipeline.layer import FusedLinear
 
+_PATIENCE_S = 5e-4, 4e-3  # with the copy workers, at first and at most
+
 
 class _Task:
     """A queued operation: runs on its engine's thread once the slot's previous operation is done."""
@@ -86,6 +88,7 @@ class CpuDevice(Device):
         self.description = f"{platform.machine()} CPU, {os.cpu_count()} threads"
         self._engines = {stage: _Engine(f"cpu-{stage}") for stage in ("H2D", "kernel", "D2H")}
         self._something_done = threading.Event()
+        self._patience_s = _PATIENCE_S[0]
         self._last: list[_Task | None] = []
         self._inputs: list[HostArray] = []
         self._outputs: list[HostArray] = []
@@ -134,6 +137,7 @@ class CpuDevice(Device):
         task = _Task(work, self._last[slot], self._something_done)
         self._engines[stage].queue(task)
         self._last[slot] = task
+        self._patience_s = _PATIENCE_S[0]
         return task
 
     def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
@@ -151,9 +155,13 @@ class CpuDevice(Device):
         return self._queue("D2H", slot, lambda: np.copyto(rows, self._outputs[slot][first : first + len(rows)]))
 
     def idle(self) -> None:
-        """Wait for a task, or half a millisecond for the copy workers; polling would take time from the product."""
-        self._something_done.wait(5e-4)
-        self._something_done.clear()
+        """Wait for a task, or some milliseconds for the copy workers, the longer the longer nothing has happened: each
+        look at them takes time from the product."""
+        if self._something_done.wait(self._patience_s):
+            self._something_done.clear()
+            self._patience_s = _PATIENCE_S[0]
+        else:
+            self._patience_s = min(2 * self._patience_s, _PATIENCE_S[1])
 
     def synchronize(self) -> None:
         ends = [_Task(None, None, self._something_done) for _ in self._engines]
