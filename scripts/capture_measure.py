@@ -227,6 +227,7 @@ def without(what: str) -> Iterator[None]:
                 raise cuda.call_error(self._what, code)
             self._times, self._before = (0.0, 0.0), []
             self._pool.release(self._end)
+            self._base.needed_by -= 1
         return True
 
     class _NoRanges:
