@@ -391,15 +391,15 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from pipeline.config import DEFAULT_STREAMS, parse_dtype, parse_precision, wire_dtypes
+    from pipeline.config import DEFAULT_STREAMS, parse_dtype, parse_out_dtype, parse_precision, wire_dtypes
     from pipeline.kernels.select import Problem, runs_as
     from pipeline.machine import Machine
     from pipeline.plan import Job, predict
 
     dtype = parse_dtype(args.dtype, "dtype")
     precision = parse_precision(args.precision, dtype)
-    out_dtype = dtype if args.out_dtype is None else parse_dtype(args.out_dtype, "out_dtype")
-    wire, wire_out = wire_dtypes(dtype, args.wire_dtype, out_dtype)
+    out_dtype = dtype if args.out_dtype is None else parse_out_dtype(args.out_dtype)
+    wire, wire_out = wire_dtypes(dtype, args.wire_dtype, out_dtype, precision)
     problem = Problem(wire, wire_out, precision if wire is dtype else wire.name, args.in_features, args.out_features)
     machine = Machine.load(args.gpu)
     job = Job(

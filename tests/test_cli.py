@@ -621,6 +621,8 @@ def test_profile_without_nsys_says_what_else_there_is(
 
 def test_plan_prints_a_prediction(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["plan", "--rows", "1000000", "--in", "8192", "--out", "8192", "--precision", "tf32"]
+    assert cli.main([*args, "--wire-dtype", "bf16"]) == 1
+    assert "leave precision out" in error_line(capsys), "as a run says"
     assert cli.main([*args, "--source", "pinned", "--to", "pinned"]) == 0
     text = capsys.readouterr().out
     for expected in ("rows/s", "bound by", "H2D", "GiB on each GPU", "hardware: 1 x NVIDIA H200"):
