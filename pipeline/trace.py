@@ -24,6 +24,13 @@ def check_trace(path: str | os.PathLike[str]) -> Path:
         OptionError: not a .json, .png or .html, or the library that draws it isn't installed.
         OutputError: the folder isn't there or can't be written, or the name is taken by something that is no file.
     """
+    target = _checked(path)
+    _new_file_beside(target).unlink()  # only trying shows whether a file can be made there
+    return target
+
+
+def _checked(path: str | os.PathLike[str]) -> Path:
+    """What `check_trace` checks without making a file."""
     if not isinstance(path, (str, os.PathLike)):
         raise OptionError(f"trace is {path!r}, expected a path that ends in {', '.join(_LIBRARIES)}, or None")
     target = Path(path)
@@ -40,7 +47,6 @@ def check_trace(path: str | os.PathLike[str]) -> Path:
         raise OutputError(f"the folder {str(target.parent)!r} of trace {str(path)!r} doesn't exist; make it first")
     if os.path.exists(target) and not os.path.isfile(target):
         raise OutputError(f"trace is {str(path)!r}, which exists and isn't a file; choose another path")
-    _new_file_beside(target).unlink()  # only trying shows whether a file can be made there
     return target
 
 
@@ -69,7 +75,7 @@ def write_trace(path: str | os.PathLike[str], timeline: Timeline, stats: dict[st
     Raises:
         OptionError, OutputError: as `check_trace`, or writing failed; what was there before is still there.
     """
-    target = check_trace(path)
+    target = _checked(path)
     partial = _new_file_beside(target)
     try:
         if target.suffix.lower() == ".png":
