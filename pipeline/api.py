@@ -30,14 +30,7 @@ from pipeline.config import (
     wire_dtypes,
 )
 from pipeline.devices.base import Device, Workers, find_devices, open_device
-from pipeline.errors import (
-    DeviceMemoryError,
-    DTypeError,
-    OptionError,
-    PipelineError,
-    TraceWarning,
-    uninterrupted,
-)
+from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError, TraceWarning, uninterrupted
 from pipeline.executor import Executor
 from pipeline.instrument import KEPT, KEPT_FOR_TRACE, RUN, Ceilings, Ranges, Recorder
 from pipeline.io.batches import BatchSink, BatchSource

@@ -98,7 +98,7 @@ class Stats:
             *stage_table(self.stages),
         ]
         if self.finish_s > 0.01 * self.seconds:
-            out.append(f"the result was completed for {self.finish_s:.3f} s after its last row was stored")
+            out.append(f"completing the result took {self.finish_s:.3f} s after its last row was stored")
         if self.bound != "none":
             out.append(self.bound_line())
             out.append(f"to go faster: {self.advice}")

@@ -34,8 +34,8 @@ from pipeline.layer import FusedLinear
 __all__ = ["CudaDevice", "count_gpus"]
 
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # linux/prctl.h
-# NOTE: times mix two clocks, starts of the host's and ends of the GPU's. Crystals differ by some 1e-5: by 3 us after
-# this long, where a new base takes some 50 us.
+# NOTE: times mix two clocks, starts of the host's and ends of the GPU's. Clocks differ by some 1e-5 (not measured
+# here): by 3 us after this long.
 _REBASE_S = 0.25
 
 
