@@ -142,7 +142,7 @@ def test_cpu_waits_for_nothing_that_an_interrupt_kept_from_being_queued(monkeypa
 
 
 class FakeEvents:
-    """Events that fire when the test says so, in place of the pool's."""
+    """Events that fire when the test says so, in place of the pool's. Each has the name of its stream."""
 
     def __init__(self) -> None:
         from pipeline.devices.cuda import _Base
@@ -150,6 +150,9 @@ class FakeEvents:
         self.base = _Base("base", 100.0)
         self.fired: dict[str, float] = {}  # seconds on the host's clock
         self.released: list[str] = []
+
+    def record(self, stream: str) -> str:
+        return stream
 
     def elapsed_s(self, base: str, event: str) -> float:
         assert base == self.base.event
@@ -191,6 +194,25 @@ def test_cuda_operation_starts_when_it_is_queued_or_when_the_last_before_it_ends
     assert events.base.needed_by == 0
 
 
+def test_cuda_operation_holds_other_streams_until_it_is_seen_to_be_done(
+    events: FakeEvents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.devices import cuda
+
+    waits: list[Any] = []
+    monkeypatch.setattr(cuda, "call", lambda *arguments: waits.append(arguments))
+    upload = cuda._CudaOperation(events, "H2D", "H2D copy", 101.0, [])  # type: ignore[arg-type]
+    upload.hold("H2D")
+    assert waits == [], "a stream keeps its order by itself"
+    upload.hold("kernels")
+    events.fired["H2D"] = 102.0
+    upload.hold("kernels")
+    assert waits == 2 * [("cuStreamWaitEvent", "kernels", "H2D", 0)]
+    assert upload.done()
+    upload.hold("kernels")
+    assert len(waits) == 2, "its event may belong to another operation by now"
+
+
 def test_cuda_times_follow_the_hosts_clock_from_which_the_gpus_drifts(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU whose clock is slow by 100 ppm, ten minutes of copies one after the other, and one that takes long."""
     from types import SimpleNamespace
@@ -221,12 +243,12 @@ def test_cuda_times_follow_the_hosts_clock_from_which_the_gpus_drifts(monkeypatc
     monkeypatch.setattr("time.perf_counter", lambda: clock.now_s)
     pool = cuda._EventPool("stream")
     slow_start_s = clock.now_s
-    slow = cuda._CudaOperation(pool, pool.record("stream"), "kernel", slow_start_s, [])
+    slow = cuda._CudaOperation(pool, "stream", "kernel", slow_start_s, [])
     while clock.now_s < 600:
         pool.rebase()
         queued_s = clock.now_s
         clock.now_s += 0.01
-        copy = cuda._CudaOperation(pool, pool.record("stream"), "H2D copy", queued_s, [])
+        copy = cuda._CudaOperation(pool, "stream", "H2D copy", queued_s, [])
         assert copy.done() and copy.times() == pytest.approx((queued_s, clock.now_s), abs=50e-6)
     record(slow._end, "stream")
     assert slow.done() and slow.times()[1] == pytest.approx(clock.now_s, rel=2e-4), "its base is still there"

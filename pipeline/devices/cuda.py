@@ -1,8 +1,9 @@
 """One NVIDIA GPU as a device, through the driver API on the primary context that torch uses as well.
 
-Stream policy: every slot has one stream, and a chunk's copies and its kernel are queued on its slot's. Chunks in
-flight therefore overlap, each direction's copy engine takes the chunks in the order of the executor's calls, and no
-copy waits for a kernel of another chunk.
+Stream policy: all copies to the GPU share one stream, all copies back another one, and every slot has a stream for its
+kernels. What is queued waits for the operation before it on its slot, if that is on another stream and wasn't seen to
+be done. Each copy engine therefore finds its next copy right behind the last one, chunks in flight overlap, and a copy
+waits for no kernel but its own chunk's and, on the way back, those of the chunks before it.
 """
 
 from __future__ import annotations
@@ -121,10 +122,11 @@ class _CudaOperation:
     record it, 0.7 to ask for its time).
     """
 
-    __slots__ = ("_base", "_before", "_end", "_pool", "_queued_s", "_times", "_what")
+    __slots__ = ("_base", "_before", "_end", "_pool", "_queued_s", "_stream", "_times", "_what")
 
-    def __init__(self, pool: _EventPool, end: Any, what: str, queued_s: float, before: list[_CudaOperation]) -> None:
-        self._pool, self._end, self._what, self._queued_s, self._before = pool, end, what, queued_s, before
+    def __init__(self, pool: _EventPool, stream: Any, what: str, queued_s: float, before: list[_CudaOperation]) -> None:
+        self._pool, self._stream, self._what, self._queued_s, self._before = pool, stream, what, queued_s, before
+        self._end = pool.record(stream)
         self._base = pool.base
         self._base.needed_by += 1
         self._times: tuple[float, float] | None = None
@@ -145,6 +147,11 @@ class _CudaOperation:
         self._base.needed_by -= 1
         self._before = []
         return True
+
+    def hold(self, stream: Any) -> None:
+        """Let what is queued on `stream` from now on wait for this operation."""
+        if self._times is None and stream is not self._stream:
+            call("cuStreamWaitEvent", stream, self._end, 0)
 
     def times(self) -> tuple[float, float]:
         if self._times is None:
@@ -170,9 +177,9 @@ class CudaDevice(Device):
         self._outputs: list[int] = []
         self._w_split: SplitRows | None = None  # of the fp32-accurate kernel: the weights' parts
         self._x_splits: list[SplitRows] = []
-        self._streams: list[Any] = []
-        self._latest: dict[str | int, _CudaOperation] = {}  # of each engine and of each slot's stream
-        self._control = self._new_stream()
+        self._latest: dict[str | int, _CudaOperation] = {}  # of each engine and of each slot
+        self._control, self._h2d, self._d2h = (self._new_stream() for _ in range(3))
+        self._kernel_streams: list[Any] = []  # of each slot
         self._events = _EventPool(self._control)
 
     def _new_stream(self) -> Any:
@@ -259,7 +266,7 @@ class CudaDevice(Device):
             )
             if self._w_split is not None:
                 self._x_splits.append(self._allocate_split(chunk_rows, self._buffers, f"parts of chunk {slot}"))
-            self._streams.append(self._new_stream())
+            self._kernel_streams.append(self._new_stream())
 
     def pinned(self, n_bytes: int) -> HostArray:
         self.bind()
@@ -278,19 +285,25 @@ class CudaDevice(Device):
         first = address_of(rows)
         return _is_pinned(first) and _is_pinned(first + rows.nbytes - 1)
 
-    def _queue(self, slot: int, engine: str, queue: Callable[[], None]) -> Operation:
-        """Queue work for an engine on the slot's stream, and an event behind it."""
+    @property
+    def _streams(self) -> list[Any]:
+        """Those that operations of slots are queued on."""
+        return [self._h2d, self._d2h, *self._kernel_streams]
+
+    def _queue(self, slot: int, engine: str, stream: Any, queue: Callable[[], None]) -> Operation:
+        """Let `queue` queue an engine's work on the stream, behind the slot's latest operation; an event after it."""
         latest, queued_s = self._latest, time.perf_counter()
+        if slot in latest:
+            latest[slot].hold(stream)
         queue()
-        end = self._events.record(self._streams[slot])
         before = [latest[key] for key in (engine, slot) if key in latest]
-        operation = _CudaOperation(self._events, end, f"{engine} on stream {slot}", queued_s, before)
+        operation = _CudaOperation(self._events, stream, f"{engine} of slot {slot}", queued_s, before)
         latest[engine] = latest[slot] = operation
         return operation
 
     def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
         target = self._inputs[slot] + first * self._pitch_bytes
-        return self._queue(slot, "H2D copy", lambda: self._copy_rows(target, rows, self._streams[slot]))
+        return self._queue(slot, "H2D copy", self._h2d, lambda: self._copy_rows(target, rows, self._h2d))
 
     def _copy_rows(self, target: int, rows: HostArray, stream: Any) -> None:
         """Queue a copy of contiguous host rows to rows `_pitch_bytes` apart."""
@@ -319,7 +332,7 @@ class CudaDevice(Device):
     def compute(
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
-        layer, stream = self._layer, int(self._streams[slot])
+        layer, stream = self._layer, self._kernel_streams[slot]
         x, x_stride = self._inputs[slot], self._stride
         stride_bytes = 0 if source is None else source.stride * layer.dtype.itemsize
         aligned = source is None or (source.address | stride_bytes) % ALIGNMENT_BYTES == 0
@@ -338,23 +351,23 @@ class CudaDevice(Device):
         }
 
         if self._w_split is None:
-            launch = functools.partial(self._launcher.launch, stream, self._problem, **operands)
+            launch = functools.partial(self._launcher.launch, int(stream), self._problem, **operands)
         else:
             operands["x_split"], operands["w_split"] = self._x_splits[slot], self._w_split
             prepared = prepare_split_launch(self._launcher, self._problem, **operands, total_wide=self._exact_rows)
-            launch = functools.partial(prepared.queue, stream)
+            launch = functools.partial(prepared.queue, int(stream))
 
         def queue() -> None:
             if source is not None and not aligned:
-                self._align_rows(x, source, stride_bytes, rows, self._streams[slot])
+                self._align_rows(x, source, stride_bytes, rows, stream)
             launch()
 
-        return self._queue(slot, "kernel", queue)
+        return self._queue(slot, "kernel", stream, queue)
 
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
         source, target = self._outputs[slot] + first * self._out_row_bytes, address_of(rows)
-        stream = self._streams[slot]
-        return self._queue(slot, "D2H copy", lambda: call("cuMemcpyDtoHAsync", target, source, rows.nbytes, stream))
+        copy = functools.partial(call, "cuMemcpyDtoHAsync", target, source, rows.nbytes, self._d2h)
+        return self._queue(slot, "D2H copy", self._d2h, copy)
 
     def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
         probe = _CopiesOnly(self.ordinal, row_bytes)
@@ -416,7 +429,7 @@ class CudaDevice(Device):
         for address in self._pinned:
             api.cuMemFreeHost(address)
         self._control = None
-        self._streams, self._weights, self._buffers, self._pinned = [], [], [], []
+        self._kernel_streams, self._weights, self._buffers, self._pinned = [], [], [], []
         self._inputs, self._outputs, self._x_splits = [], [], []
 
 
@@ -430,7 +443,7 @@ class _CopiesOnly(CudaDevice):
     def compute(
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
-        return self._queue(slot, "kernel", lambda: None)
+        return self._queue(slot, "kernel", self._kernel_streams[slot], lambda: None)
 
 
 @functools.cache
