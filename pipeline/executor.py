@@ -53,7 +53,8 @@ class _Flight:
     fill_started: int = 0
     uploaded: int = 0
     upload_done: int = 0
-    computed: bool = False
+    kernel_queued: bool = False
+    kernel_done: bool = False
     download_started: int = 0
     landed: int = 0
     pending: int = 0  # operations queued and not yet seen to be done
@@ -266,22 +267,28 @@ class Executor:
         target = flight.target if isinstance(flight.target, DeviceRows) else None
         operation = self._call("kernel", chunk, self.device.compute, flight.slot, chunk.rows, chunk.row, source, target)
         self._queue(self._running, flight, operation, 0, chunk.rows, None)
-        flight.computed = True
+        flight.kernel_queued = True
 
     def _finish_kernels(self) -> bool:
         moved = False
         for step in self._finished(self._running, "kernel", 0):
             moved = True
+            step.flight.kernel_done = True
             if isinstance(step.flight.target, DeviceRows):
                 self._land(step)
         return moved
 
     def _start_downloads(self) -> bool:
-        """Queue D2H copies behind the kernels: into free pieces, or of a whole chunk in place."""
+        """Queue D2H copies: into free pieces, or of a whole chunk in place.
+
+        Behind a kernel that still runs only where nothing else is queued for that copy engine. NOTE: a copy that has to
+        wait for a kernel starts 15 us after the one before it even where the kernel was done long before then, others
+        after 4 us (nsys, H100): 1.6% of a chunk's time.
+        """
         moved = False
         for flight in self._flights:
             target = flight.target
-            if not flight.computed:
+            if not flight.kernel_queued or (self._downloading and not flight.kernel_done):
                 break  # rows leave in the order in which they came
             if flight.failed or isinstance(target, DeviceRows):
                 continue

@@ -359,6 +359,34 @@ def test_executor_uses_rows_in_device_memory_without_copies(side: str, monkeypat
         assert len(sink.committed) == totals["kernel"].count == -(-case.rows // case.chunk_rows)
 
 
+class OrderedDownloads(WatchedSim):
+    """Counts the D2H copies that were queued while the chunk's kernel still ran, and checks what else was queued."""
+
+    behind_kernels = 0
+
+    def compute(self, slot: int, *arguments: Any) -> Operation:
+        operation = super().compute(slot, *arguments)
+        self._kernels = {**getattr(self, "_kernels", {}), slot: operation}
+        return operation
+
+    def download(self, slot: int, first: int, rows: HostArray) -> Operation:
+        queued: list[Operation] = getattr(self, "_downloads", [])
+        if not self._kernels[slot].done():
+            self.behind_kernels += 1
+            assert all(operation.done() for operation in queued), "a copy waits for a kernel, another for that copy"
+        self._downloads = [*queued, super().download(slot, first, rows)]
+        return self._downloads[-1]
+
+
+def test_executor_queues_downloads_behind_running_kernels_only_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(3, source="pinned", sink="pinned", many_chunks=True)
+    case.wire, case.num_streams = FLOAT32, 5
+    case.hardware = Hardware(flop_rate=1e6, copy_rate=1e12)
+    schedule = Schedule(case, monkeypatch, OrderedDownloads)
+    schedule.run()
+    assert isinstance(schedule.device, OrderedDownloads) and schedule.device.behind_kernels > 3
+
+
 def test_executor_same_seed_gives_the_same_events(monkeypatch: pytest.MonkeyPatch) -> None:
     def events() -> list[Any]:
         schedule = Schedule(Case(5, source="gather", many_chunks=True), monkeypatch)
