@@ -238,15 +238,38 @@ struct FusedLinearSm90 {
     if (lane == 0) ptx::mbarrier_arrive(unreleased);
   }
 
+  // The leading bits of a thread's sums, two sums a pair.
+  using LeadingBits = __nv_bfloat162[BLOCK_N / 4];
+
+  // Sets aside the leading bits of every kFoldGroups-th 8 columns' totals, so that in kFoldGroups calls it is all
+  // columns' turn once. `turn` goes by a column's place in y, not in the tile: its bits don't depend on BLOCK_N.
+  //
+  // NOTE: all columns at once took longer than the products in flight behind which it is meant to vanish, since it has
+  // few registers for its chains of additions: 7% of the kernel's time (H100, 8192 x 8192 x 8192).
+  static __device__ __forceinline__ void set_some_aside(LeadingBits (&leading)[kParts], Accumulators (&total)[kParts],
+                                                        unsigned turn) {
+#pragma unroll
+    for (unsigned columns = 0; columns < Operands::kFoldGroups; ++columns) {
+      if (turn != columns) continue;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+#pragma unroll
+        for (int i = 4 * columns; i < BLOCK_N / 2; i += 4 * Operands::kFoldGroups) {
+          set_aside(leading[part][i / 2], total[part][i], total[part][i + 1]);
+          set_aside(leading[part][i / 2 + 1], total[part][i + 2], total[part][i + 3]);
+        }
+      }
+    }
+  }
+
   // The same with promotion: each group of kPromoteEvery k-tiles starts the accumulators anew, small products of the
-  // whole group first, and its sums are added to `total`. Every kFoldGroups groups `total`'s leading bits are set aside
-  // while the next products are in flight.
+  // whole group first, and its sums are added to `total`. `first_column` is the tile's.
   static __device__ __forceinline__ void multiply_promoted(Accumulators (&total)[kParts], Ring& ring, int k_tiles,
-                                                           unsigned first_row, unsigned lane) {
+                                                           unsigned first_row, unsigned first_column, unsigned lane) {
     constexpr int kGroup = Operands::kPromoteEvery;
     static_assert(kNumStages > kGroup, "the next group loads meanwhile");
     Accumulators d[kParts];
-    __nv_bfloat162 leading[kParts][BLOCK_N / 4];
+    LeadingBits leading[kParts];
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -277,14 +300,7 @@ struct FusedLinearSm90 {
       }
       ptx::wgmma_commit();
       pin(d);
-      if (group > 0 && group % Operands::kFoldGroups == 0) {
-#pragma unroll
-        for (int part = 0; part < kParts; ++part) {
-          float* sums = total[part];
-#pragma unroll
-          for (int i = 0; i < BLOCK_N / 4; ++i) set_aside(leading[part][i], sums[2 * i], sums[2 * i + 1]);
-        }
-      }
+      set_some_aside(leading, total, (group - first_column / 8) % Operands::kFoldGroups);
       ptx::wgmma_wait<0>();
       pin(d);
       if (lane == 0) {
@@ -475,7 +491,7 @@ struct FusedLinearSm90 {
         multiply(sums, ring, turn, k_tiles, lane);
         ring.skip(k_tiles);  // the other's
       } else {
-        multiply_promoted(sums, ring, k_tiles, first_row, lane);
+        multiply_promoted(sums, ring, k_tiles, first_row, n0, lane);
       }
       tail.bias.join();
 #pragma unroll

@@ -54,19 +54,26 @@ struct SplitFp16 {
   }
 };
 
+__device__ __forceinline__ unsigned& bits_of(__nv_bfloat162& pair) { return reinterpret_cast<unsigned&>(pair); }
+
+// The two values of a pair, each one instruction where the conversions of cuda_bf16.h take two.
+__device__ __forceinline__ float2 widened(__nv_bfloat162 pair) {
+  return {__uint_as_float(bits_of(pair) << 16), __uint_as_float(bits_of(pair) & 0xffff0000)};
+}
+
 // Of two sums leading + rest, moves the leading 8 bits into `leading`. Nothing is lost, to 2^-32 of the sums; but where
 // `rest` is 2^16 times `leading` and more, after a cancellation, it is rounded once more.
 __device__ __forceinline__ void set_aside(__nv_bfloat162& leading, float& rest0, float& rest1) {
-  const float2 before = __bfloat1622float2(leading);
+  const float2 before = widened(leading);
   leading = __floats2bfloat162_rn(__fadd_rn(before.x, rest0), __fadd_rn(before.y, rest1));
-  const float2 after = __bfloat1622float2(leading);
+  const float2 after = widened(leading);
   rest0 = __fadd_rn(rest0, __fsub_rn(before.x, after.x));
   rest1 = __fadd_rn(rest1, __fsub_rn(before.y, after.y));
 }
 
 // Makes `rest0` and `rest1` the two sums, rounded once.
 __device__ __forceinline__ void put_back(__nv_bfloat162 leading, float& rest0, float& rest1) {
-  const float2 values = __bfloat1622float2(leading);
+  const float2 values = widened(leading);
   rest0 = __fadd_rn(values.x, rest0);
   rest1 = __fadd_rn(values.y, rest1);
 }
