@@ -334,7 +334,10 @@ class Pipeline:
         if self._closed:
             raise PipelineError("this Pipeline is closed; make a new one")
         if os.getpid() != self._pid:
-            raise PipelineError("this Pipeline was made before this process was forked; make a new one here")
+            raise PipelineError(
+                "this Pipeline was made before this process was forked; make a new one here, for GPUs in a process that "
+                "is spawned instead (multiprocessing.get_context('spawn'))"
+            )
         return _Exclusive(self._busy)
 
     def _is_pinned(self, array: HostArray) -> bool:

@@ -81,8 +81,9 @@ class Bench:
     ) -> dict[str, Any]:
         """Time the contenders in turns and check what each of them wrote: name -> (run, the tensor it writes).
 
-        A contender runs twice in its turn where it takes less than 3 s, and the second run counts: the processor's
-        clocks and threads that have rested for seconds take a while to come up. `first_seconds` are of the first.
+        A contender runs twice in its turn where it takes less than 3 s, and the second run counts, as with the bare
+        copies: the processor's clocks and threads that have rested for seconds take a while to come up. `first_seconds`
+        are of the first.
         """
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         first_seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -97,6 +98,7 @@ class Bench:
                     continue  # two rounds tell enough of what takes seconds
                 if n == 0 and y is not None:
                     y.fill_(self.torch.nan)
+                self.ceiling_s()
                 ceilings.append(self.ceiling_s())
                 start = time.perf_counter()
                 result = run()

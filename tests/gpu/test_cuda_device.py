@@ -402,7 +402,7 @@ def test_fork_after_cuda_has_started_is_a_clear_error() -> None:
         child.join(60)
         assert child.exitcode == 0
         kind, text = answers.get()
-        assert kind == "DeviceError" and "forked" in text and "spawn" in text
+        assert kind == "PipelineError" and "forked" in text and "spawn" in text
         child = fork.Process(target=_open_in_child, args=(answers,))
         child.start()
         child.join(60)
