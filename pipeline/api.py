@@ -335,8 +335,8 @@ class Pipeline:
             raise PipelineError("this Pipeline is closed; make a new one")
         if os.getpid() != self._pid:
             raise PipelineError(
-                "this Pipeline was made before this process was forked; make a new one here, for GPUs in a process that "
-                "is spawned instead (multiprocessing.get_context('spawn'))"
+                "this Pipeline was made before this process was forked; make a new one here, for GPUs in a process "
+                "that is spawned instead (multiprocessing.get_context('spawn'))"
             )
         return _Exclusive(self._busy)
 
