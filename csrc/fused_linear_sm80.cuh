@@ -319,7 +319,7 @@ struct FusedLinearSm80 {
       }
       if constexpr (kPromoted) {
         totals.add(d);
-        if ((k_tile + 1) % Operands::kFoldGroups == 0) totals.set_aside();
+        if ((k_tile + 1) % fold_interval(k_tiles) == 0) totals.set_aside();
       }
     }
     ptx::cp_async_wait<0>();

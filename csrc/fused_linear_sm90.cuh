@@ -241,20 +241,21 @@ struct FusedLinearSm90 {
   // The leading bits of a thread's sums, two sums a pair.
   using LeadingBits = __nv_bfloat162[BLOCK_N / 4];
 
-  // Sets aside the leading bits of every kFoldGroups-th 8 columns' totals, so that in kFoldGroups calls it is all
-  // columns' turn once. `turn` goes by a column's place in y, not in the tile: its bits don't depend on BLOCK_N.
+  // Sets aside the leading bits of every eighth 8 columns' totals, so that in 8 turns it is all columns' once. `turn`
+  // goes by a column's place in y, not in the tile: its bits don't depend on BLOCK_N.
   //
   // NOTE: all columns at once took longer than the products in flight behind which it is meant to vanish, since it has
-  // few registers for its chains of additions: 7% of the kernel's time (H100, 8192 x 8192 x 8192).
+  // few registers for its chains of additions: 1 to 4% of the kernel's time (H100, 1024 and 8192 rows, 8192 -> 8192).
+  static constexpr int kFoldTurns = 8;
   static __device__ __forceinline__ void set_some_aside(LeadingBits (&leading)[kParts], Accumulators (&total)[kParts],
                                                         unsigned turn) {
 #pragma unroll
-    for (unsigned columns = 0; columns < Operands::kFoldGroups; ++columns) {
+    for (unsigned columns = 0; columns < kFoldTurns; ++columns) {
       if (turn != columns) continue;
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
 #pragma unroll
-        for (int i = 4 * columns; i < BLOCK_N / 2; i += 4 * Operands::kFoldGroups) {
+        for (int i = 4 * columns; i < BLOCK_N / 2; i += 4 * kFoldTurns) {
           set_aside(leading[part][i / 2], total[part][i], total[part][i + 1]);
           set_aside(leading[part][i / 2 + 1], total[part][i + 2], total[part][i + 3]);
         }
@@ -278,6 +279,7 @@ struct FusedLinearSm90 {
       for (int i = 0; i < BLOCK_N / 4; ++i) leading[part][i] = __floats2bfloat162_rn(0.0f, 0.0f);
     }
     const int groups = k_tiles / kGroup;
+    const int groups_a_turn = fold_interval(k_tiles) / (kFoldTurns * kGroup);
 #pragma unroll 1
     for (int group = 0; group < groups; ++group) {
       unsigned stages[kGroup], unreleased[kGroup];
@@ -300,7 +302,9 @@ struct FusedLinearSm90 {
       }
       ptx::wgmma_commit();
       pin(d);
-      set_some_aside(leading, total, (group - first_column / 8) % Operands::kFoldGroups);
+      if (group % groups_a_turn == 0) {
+        set_some_aside(leading, total, (group / groups_a_turn - first_column / 8) % kFoldTurns);
+      }
       ptx::wgmma_wait<0>();
       pin(d);
       if (lane == 0) {
@@ -471,7 +475,7 @@ struct FusedLinearSm90 {
   static __device__ __forceinline__ void consume(const FusedLinearSm90Args& args, Ring ring, const Walk& walk,
                                                  int k_tiles, unsigned shared) {
     const unsigned lane = threadIdx.x % 32;
-    const unsigned warp = threadIdx.x / 32;
+    const unsigned warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // of a uniform register, for descriptors
     const unsigned warpgroup = warp / 4;
     const unsigned buffers = shared + kNumStages * kStageBytes + warp * kStoreBuffers * kSliceBytes;
     const unsigned first_row = kInTurns ? 0 : warpgroup * kWarpgroupRows;
