@@ -342,11 +342,7 @@ class Pipeline:
 
     def _is_pinned(self, array: HostArray) -> bool:
         """Whether copy engines can use contiguous memory of the caller's as it is."""
-        for device in self._devices:
-            device.bind()
-            if device.has_bus and device.in_place(array):
-                return True
-        return False
+        return any(device.has_bus and device.in_place(array) for device in self._devices)
 
     def _lanes_for(self, source: Source, sink: Sink) -> list[_Lane]:
         """The devices that take part: with a CUDA tensor at either end, the one that it is on."""

@@ -126,7 +126,6 @@ class Executor:
         a note that names the chunk and the stage. An error of the device, or an interrupt, waits for what is queued
         and drops it. `stopping` ends the intake from outside. Either way every buffer is free again afterwards.
         """
-        self.device.bind()
         if self._unfinished:
             self._abandon()
         self._ranges, self._recorder = Ranges(), recorder

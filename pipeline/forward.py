@@ -407,7 +407,7 @@ def launch_on_gpu(
     """
     import torch
 
-    with torch.cuda.device(x.device.index):  # the launcher makes this GPU current; the caller's comes back
+    with torch.cuda.device(x.device.index):  # for the copies that torch makes
         x, weight = rows_for_kernel(x), rows_for_kernel(weight)
         if split is None:
             split = split_on_gpu(weight, precision, parse_dtype(out.dtype))

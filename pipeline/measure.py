@@ -183,7 +183,6 @@ class Copies:
             return workers.submit(CopyJob(piece, part) if fills else CopyJob(part, piece, streaming=True))
 
         try:
-            device.bind()
             start_s, done = device.now(), 0
             running = [submit(*piece) for piece in pieces]
             while done < 2 * len(pieces) or device.now() < start_s + self._trial_s:
@@ -216,7 +215,6 @@ class Copies:
             place.start()
             executor = Executor(device, workers, _Shape(), FLOAT32, DEFAULT_STREAMS, staging, place.take)
             source, target = ends(place)
-            device.bind()
             feed = _TimedFeed(source, self._chunks_read, device.now, self._trial_s)
             done_s = [device.now()]
             executor.run(

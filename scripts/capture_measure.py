@@ -225,9 +225,7 @@ def without(what: str) -> Iterator[None]:
                 return False
             if code != 0:
                 raise cuda.call_error(self._what, code)
-            self._times, self._before = (0.0, 0.0), []
-            self._pool.release(self._end)
-            self._base.needed_by -= 1
+            self._set_times(0.0, 0.0)
         return True
 
     class _NoRanges:

@@ -175,9 +175,9 @@ class DeviceTests:
     @pytest.fixture
     def device(self) -> Iterator[Device]:
         device = open_device(self.device_name)
-        device.bind()
         try:
-            yield device
+            with device.running():
+                yield device
         finally:
             device.close()
 
@@ -332,13 +332,13 @@ class DeviceTests:
         with nothing_left_behind():
             for _ in range(3):
                 device = open_device(self.device_name)
-                device.bind()
                 layer = self.ready(device)
                 x = random_rows(self.CHUNK, self.IN)
                 back = self.pinned_rows(device, self.CHUNK, self.OUT, layer.dtype)
-                device.upload(0, 0, self.pinned_copy(device, x, layer.dtype))
-                device.compute(0, self.CHUNK, 0, None, None)
-                wait(device, device.download(0, 0, back))
+                with device.running():
+                    device.upload(0, 0, self.pinned_copy(device, x, layer.dtype))
+                    device.compute(0, self.CHUNK, 0, None, None)
+                    wait(device, device.download(0, 0, back))
                 assert_close(back, layer, x)
                 del back
                 device.close()

@@ -76,9 +76,6 @@ class Device(ABC):
     poison: bool = False  # overwrite pinned pieces between uses
     has_bus: bool = False  # its memory is apart from the host's, and `for_copies` gives what measures the way between
 
-    def bind(self) -> None:
-        """Make the device usable from the calling thread. The executor calls it before anything else."""
-
     @abstractmethod
     def now(self) -> float:
         """Seconds on the clock of this device's operations."""
@@ -150,7 +147,7 @@ class Device(ABC):
         return None
 
     def running(self) -> AbstractContextManager[None]:
-        """What holds in the thread that runs the device, while it does."""
+        """What holds in the thread that uploads, computes and downloads, while it does."""
         return nullcontext()
 
     @abstractmethod

@@ -15,9 +15,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -26,8 +26,8 @@ from pipeline.config import GIB, DType
 from pipeline.devices.base import Device, DeviceRows, Operation
 from pipeline.errors import DeviceError, DeviceMemoryError
 from pipeline.forward import ALIGNMENT_BYTES
-from pipeline.kernels.driver import call, call_error, count_gpus, driver
-from pipeline.kernels.launch import Launcher
+from pipeline.kernels.driver import call, call_error, check_not_forked, count_gpus, driver
+from pipeline.kernels.launch import Launcher, in_context
 from pipeline.kernels.select import Problem, runs_as
 from pipeline.kernels.split import PreparedSplit, SplitRows, is_split, prepare_split_launch
 from pipeline.layer import FusedLinear
@@ -117,16 +117,25 @@ class _EventPool:
 class _CudaOperation:
     """Work on a stream, up to an event behind it. `what` goes into error messages.
 
-    It started when it was queued, or when the last of `before` ended: what its stream and its engine did before it.
-    NOTE: an event before the work would tell as much, for another 2.5 us of the executor's loop (H200 host: 1.8 to
-    record it, 0.7 to ask for its time).
+    It started at the event `start`, or, without one, when it was queued or the last of `before` ended: what its stream
+    and its engine did before it. NOTE: an event before each copy would tell no more, for another 2.5 us of the
+    executor's loop (H200 host: 1.8 to record it, 0.7 to ask for its time): it would come right after the end of the
+    copy before. Kernels have one, since they start some 15 us after the copy that they wait for (nsys, H100).
     """
 
-    __slots__ = ("_base", "_before", "_end", "_pool", "_queued_s", "_stream", "_times", "_what")
+    __slots__ = ("_base", "_before", "_end", "_pool", "_queued_s", "_start", "_stream", "_times", "_what")
 
-    def __init__(self, pool: _EventPool, stream: Any, what: str, queued_s: float, before: list[_CudaOperation]) -> None:
+    def __init__(
+        self,
+        pool: _EventPool,
+        stream: Any,
+        what: str,
+        queued_s: float,
+        before: list[_CudaOperation],
+        start: Any = None,
+    ) -> None:
         self._pool, self._stream, self._what, self._queued_s, self._before = pool, stream, what, queued_s, before
-        self._end = pool.record(stream)
+        self._start, self._end = start, pool.record(stream)
         self._base = pool.base
         self._base.needed_by += 1
         self._times: tuple[float, float] | None = None
@@ -140,13 +149,26 @@ class _CudaOperation:
             return False
         if code != 0:
             raise call_error(self._what, code)
-        end_s = self._base.host_s + self._pool.elapsed_s(self._base.event, self._end)
-        starts = [self._queued_s] + [before.times()[1] for before in self._before if before.done()]
-        self._times = (min(max(starts), end_s), end_s)
+        end_s = self._at(self._end)
+        if self._start is not None:
+            start_s = self._at(self._start)
+        else:
+            start_s = max([self._queued_s] + [before.times()[1] for before in self._before if before.done()])
+        self._set_times(min(start_s, end_s), end_s)
+        return True
+
+    def _at(self, event: Any) -> float:
+        """When an event was, on the host's clock."""
+        return self._base.host_s + self._pool.elapsed_s(self._base.event, event)
+
+    def _set_times(self, start_s: float, end_s: float) -> None:
+        """It is done; give back what told it."""
+        self._times = start_s, end_s
         self._pool.release(self._end)
+        if self._start is not None:
+            self._pool.release(self._start)
         self._base.needed_by -= 1
         self._before = []
-        return True
 
     def hold(self, stream: Any) -> None:
         """Let what is queued on `stream` from now on wait for this operation."""
@@ -157,6 +179,25 @@ class _CudaOperation:
         if self._times is None:
             raise DeviceError(f"{self._what} isn't done yet")
         return self._times
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _on_this_gpu(method: Method) -> Method:
+    """A method of a device that may be called while another GPU, or none, is current in the calling thread: that one is
+    current again afterwards.
+
+    Raises:
+        DeviceError: in a process forked after CUDA was started.
+    """
+
+    @functools.wraps(method)
+    def on_this_gpu(self: CudaDevice, *arguments: Any) -> Any:
+        with self._current():
+            return method(self, *arguments)
+
+    return cast(Method, on_this_gpu)
 
 
 class CudaDevice(Device):
@@ -178,26 +219,24 @@ class CudaDevice(Device):
         self._w_split: SplitRows | None = None  # of the fp32-accurate kernel: the weights' parts
         self._x_splits: list[SplitRows] = []
         self._latest: dict[str | int, _CudaOperation] = {}  # of each engine and of each slot
-        self._control, self._h2d, self._d2h = (self._new_stream() for _ in range(3))
         self._kernel_streams: list[Any] = []  # of each slot
-        self._events = _EventPool(self._control)
+        with self._current():
+            self._control, self._h2d, self._d2h = (self._new_stream() for _ in range(3))
+            self._events = _EventPool(self._control)
 
     def _new_stream(self) -> Any:
         return call("cuStreamCreate", driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
 
-    def bind(self) -> None:
-        """Make the GPU's primary context current in this thread.
-
-        Raises:
-            DeviceError: in a process forked after CUDA was started.
-        """
-        Launcher.for_device(self.ordinal)
+    def _current(self) -> AbstractContextManager[None]:
+        """This GPU is the calling thread's current one inside."""
+        check_not_forked()
+        return in_context(self._launcher.context)
 
     def now(self) -> float:
         return time.perf_counter()
 
+    @_on_this_gpu
     def free_bytes(self) -> int | None:
-        self.bind()
         return int(call("cuMemGetInfo")[0])
 
     def _allocate(self, n_bytes: int, owner: list[int], what: str) -> int:
@@ -211,8 +250,8 @@ class CudaDevice(Device):
         owner.append(address)
         return address
 
+    @_on_this_gpu
     def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
-        self.bind()
         problem = Problem(layer.dtype, out_dtype, layer.precision, layer.in_features, layer.out_features)
         self.runs_as = runs_as(problem, self._launcher.arch)
         self._layer, self._problem = layer, problem
@@ -243,10 +282,10 @@ class CudaDevice(Device):
         unplaced = SplitRows(0, rows, self._layer.in_features)
         return replace(unplaced, address=self._allocate(unplaced.n_bytes, owner, what))
 
+    @_on_this_gpu
     def exact_rows(self) -> int:
         if self._w_split is None:
             return 0
-        self.bind()
         count = np.zeros(1, np.uint64)
         call("cuMemcpyDtoH", count.ctypes.data, self._exact_rows, 8)
         return int(count[0])
@@ -257,8 +296,8 @@ class CudaDevice(Device):
         call("cuStreamSynchronize", self._control)
         return address
 
+    @_on_this_gpu
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
-        self.bind()
         for slot in range(num_streams):
             self._inputs.append(self._allocate(chunk_rows * self._pitch_bytes, self._buffers, f"input chunk {slot}"))
             self._outputs.append(
@@ -268,18 +307,19 @@ class CudaDevice(Device):
                 self._x_splits.append(self._allocate_split(chunk_rows, self._buffers, f"parts of chunk {slot}"))
             self._kernel_streams.append(self._new_stream())
 
+    @_on_this_gpu
     def pinned(self, n_bytes: int) -> HostArray:
-        self.bind()
         address = int(call("cuMemHostAlloc", max(1, n_bytes), driver().CU_MEMHOSTALLOC_PORTABLE))
         self._pinned.append(address)
         return _memory_at(address, n_bytes)
 
+    @_on_this_gpu
     def free_pinned(self, memory: HostArray) -> None:
         address = address_of(memory)
         self._pinned.remove(address)
-        self.bind()
         call("cuMemFreeHost", address)
 
+    @_on_this_gpu
     def in_place(self, rows: HostArray) -> bool:
         """Whether the first and the last byte of `rows` are pinned memory, as the driver knows it."""
         first = address_of(rows)
@@ -290,14 +330,18 @@ class CudaDevice(Device):
         """Those that operations of slots are queued on."""
         return [self._h2d, self._d2h, *self._kernel_streams]
 
-    def _queue(self, slot: int, engine: str, stream: Any, queue: Callable[[], None]) -> Operation:
-        """Let `queue` queue an engine's work on the stream, behind the slot's latest operation; an event after it."""
+    def _queue(
+        self, slot: int, engine: str, stream: Any, queue: Callable[[], None], *, marks_start: bool = False
+    ) -> Operation:
+        """Let `queue` queue an engine's work on the stream, behind the slot's latest operation; an event after it, and
+        one before it if `marks_start`."""
         latest, queued_s = self._latest, time.perf_counter()
         if slot in latest:
             latest[slot].hold(stream)
+        start = self._events.record(stream) if marks_start else None
         queue()
         before = [latest[key] for key in (engine, slot) if key in latest]
-        operation = _CudaOperation(self._events, stream, f"{engine} of slot {slot}", queued_s, before)
+        operation = _CudaOperation(self._events, stream, f"{engine} of slot {slot}", queued_s, before, start)
         latest[engine] = latest[slot] = operation
         return operation
 
@@ -362,7 +406,7 @@ class CudaDevice(Device):
                 self._align_rows(x, source, stride_bytes, rows, stream)
             launch()
 
-        return self._queue(slot, "kernel", stream, queue)
+        return self._queue(slot, "kernel", stream, queue, marks_start=True)
 
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
         source, target = self._outputs[slot] + first * self._out_row_bytes, address_of(rows)
@@ -378,10 +422,10 @@ class CudaDevice(Device):
             raise
         return probe
 
+    @_on_this_gpu
     def order_after(self, tensor: Any) -> None:
         import torch
 
-        self.bind()
         event = self._events.record(torch.cuda.current_stream(tensor.device).cuda_stream)
         for stream in self._streams:
             call("cuStreamWaitEvent", stream, event, 0)
@@ -389,25 +433,17 @@ class CudaDevice(Device):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Short sleeps are short: by default Linux lets a thread sleep for 50 us longer than it asks for."""
-        self._events.rebase()
-        prctl = _prctl()
-        if prctl is None:
+        """This GPU is current, and short sleeps are short."""
+        with self._current(), _short_sleeps():
+            self._events.rebase()
             yield
-            return
-        slack_ns = prctl(_PR_GET_TIMERSLACK, 0, 0, 0, 0)
-        prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
-        try:
-            yield
-        finally:
-            prctl(_PR_SET_TIMERSLACK, slack_ns, 0, 0, 0)
 
     def idle(self) -> None:
         self._events.rebase()
         time.sleep(5e-6)
 
+    @_on_this_gpu
     def synchronize(self) -> None:
-        self.bind()
         try:
             for stream in self._streams:
                 call("cuStreamSynchronize", stream)
@@ -418,7 +454,10 @@ class CudaDevice(Device):
         """Free everything. Errors of the driver are of no use any more and are not raised: a lost GPU frees nothing."""
         if os.getpid() != self._pid or self._control is None:
             return
-        self.bind()
+        with self._current():
+            self._free_all()
+
+    def _free_all(self) -> None:
         api = driver()
         for stream in [*self._streams, self._control]:
             api.cuStreamSynchronize(stream)
@@ -446,6 +485,21 @@ class _CopiesOnly(CudaDevice):
         return self._queue(slot, "kernel", self._kernel_streams[slot], lambda: None)
 
 
+@contextmanager
+def _short_sleeps() -> Iterator[None]:
+    """By default Linux lets a thread sleep for 50 us longer than it asks for."""
+    prctl = _prctl()
+    if prctl is None:
+        yield
+        return
+    slack_ns = prctl(_PR_GET_TIMERSLACK, 0, 0, 0, 0)
+    prctl(_PR_SET_TIMERSLACK, 1000, 0, 0, 0)
+    try:
+        yield
+    finally:
+        prctl(_PR_SET_TIMERSLACK, slack_ns, 0, 0, 0)
+
+
 @functools.cache
 def _prctl() -> Any:
     """Linux's function of this name, None elsewhere."""
@@ -458,8 +512,8 @@ def _prctl() -> Any:
 
 def is_pinned(address: int) -> bool:
     """Whether the host memory at `address` is pinned, as the driver knows it."""
-    Launcher.for_device(0)
-    return _is_pinned(address)
+    with in_context(Launcher.for_device(0).context):
+        return _is_pinned(address)
 
 
 def _is_pinned(address: int) -> bool:
@@ -478,10 +532,10 @@ def register(address: int, n_bytes: int, *, read_only: bool) -> None:
     Raises:
         DriverError: the driver refused.
     """
-    Launcher.for_device(0)
-    api = driver()
-    flags = api.CU_MEMHOSTREGISTER_PORTABLE | (api.CU_MEMHOSTREGISTER_READ_ONLY if read_only else 0)
-    (code,) = api.cuMemHostRegister(address, n_bytes, flags)
+    with in_context(Launcher.for_device(0).context):
+        api = driver()
+        flags = api.CU_MEMHOSTREGISTER_PORTABLE | (api.CU_MEMHOSTREGISTER_READ_ONLY if read_only else 0)
+        (code,) = api.cuMemHostRegister(address, n_bytes, flags)
     if code != 0:
         error = call_error(f"pinning {n_bytes / GIB:.2f} GiB of {'read-only ' if read_only else ''}host memory", code)
         error.add_note(
@@ -497,8 +551,8 @@ def unregister(address: int) -> None:
     Raises:
         DriverError: the driver refused.
     """
-    Launcher.for_device(0)
-    call("cuMemHostUnregister", address)
+    with in_context(Launcher.for_device(0).context):
+        call("cuMemHostUnregister", address)
 
 
 def _memory_at(address: int, n_bytes: int) -> HostArray:

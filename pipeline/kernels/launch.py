@@ -145,7 +145,7 @@ class Launcher:
 
     @classmethod
     def for_device(cls, ordinal: int) -> Launcher:
-        """The launcher of CUDA device `ordinal`; also makes its primary context current in the calling thread.
+        """The launcher of CUDA device `ordinal`. Which GPU is current in the calling thread doesn't change.
 
         Raises:
             DeviceNotFoundError: no driver, or no such device.
@@ -155,9 +155,7 @@ class Launcher:
         with cls._launchers_lock:
             if ordinal not in cls._launchers:
                 cls._launchers[ordinal] = cls(ordinal)
-            launcher = cls._launchers[ordinal]
-        call("cuCtxSetCurrent", launcher.context)
-        return launcher
+            return cls._launchers[ordinal]
 
     def __init__(self, ordinal: int) -> None:
         device_count = call("cuDeviceGetCount")
@@ -344,11 +342,12 @@ class Launcher:
         """The launch of a Hopper kernel. `y_stride` counts elements; scales are device addresses, 0 for none."""
         tile = kernel.variant
         x_box_rows = min(tile.block_m, x.rows)  # rows that x doesn't have need not arrive: their outputs aren't stored
-        x_map = tensor_map(x.address, x.dtype, x.rows, x.columns, x.stride_bytes, x_box_rows, x.as_tf32)
-        w_map = tensor_map(w.address, w.dtype, w.rows, w.columns, w.stride_bytes, tile.block_n, w.as_tf32)
         y_map = TensorMap()
-        if store_bytes == 16:
-            y_map = tensor_map(y, out_dtype, x.rows, w.rows, y_stride * out_dtype.itemsize, _Y_BOX_ROWS)
+        with in_context(self.context):
+            x_map = tensor_map(x.address, x.dtype, x.rows, x.columns, x.stride_bytes, x_box_rows, x.as_tf32)
+            w_map = tensor_map(w.address, w.dtype, w.rows, w.columns, w.stride_bytes, tile.block_n, w.as_tf32)
+            if store_bytes == 16:
+                y_map = tensor_map(y, out_dtype, x.rows, w.rows, y_stride * out_dtype.itemsize, _Y_BOX_ROWS)
         sizes = (x.rows, x.columns, w.rows, tile.band_rows, x_box_rows)
         args = FusedLinearSm90Args(x_map, w_map, y_map, bias, y, y_stride, *sizes, scaling_factor, x_scales, w_scales)
         return PreparedLaunch(kernel, self.context, blocks, args)

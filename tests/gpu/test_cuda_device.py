@@ -560,7 +560,7 @@ def test_streams_many_small_batches() -> None:
 @pytest.mark.skipif(count_gpus() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("kind", ["array", "pinned", "batches", "path", "stream"])
 def test_two_gpus_share_a_job(kind: str, tmp_path: Path) -> None:
-    x = random_rows(60_000, 256)
+    x = random_rows(200_000, 256)  # the second GPU's thread starts when the first is at work
     np.save(tmp_path / "x.npy", x)
     with open_pipeline() as one:
         expected = one.run(x).out
@@ -572,6 +572,7 @@ def test_two_gpus_share_a_job(kind: str, tmp_path: Path) -> None:
         "stream": lambda: batches_of(x, [1111]),
     }[kind]()
     with nothing_left_behind(tmp_path), open_pipeline(devices=["cuda:0", "cuda:1"]) as both:
+        both.run(x[:50_000])  # allocates the rings, which may take one GPU longer than the other all the work
         if kind == "stream":
             assert_same_bits(np.concatenate(list(both.stream(source))), expected)
             return
@@ -580,6 +581,18 @@ def test_two_gpus_share_a_job(kind: str, tmp_path: Path) -> None:
         assert_same_bits(np.load(result.out) if kind == "path" else result.out, expected)
         chunks = [len(lane.executor._recorder.intervals) for lane in both._lanes]
         assert min(chunks) > 0, "one GPU did all the work"
+
+
+@pytest.mark.skipif(count_gpus() < 2, reason="needs two GPUs")
+def test_pipeline_leaves_the_current_device_alone() -> None:
+    with torch.cuda.device(1):
+        with open_pipeline(devices="cuda:0") as pipeline:
+            assert torch.cuda.current_device() == 1
+            pipeline.run(X)
+            assert torch.cuda.current_device() == 1
+            with pin(X.copy()):
+                assert torch.cuda.current_device() == 1
+        assert torch.cuda.current_device() == 1
 
 
 @pytest.mark.skipif(count_gpus() < 2, reason="needs two GPUs")
@@ -599,7 +612,6 @@ def test_device_opens_in_any_thread() -> None:
     def use() -> None:
         try:
             device = open_device("cuda:0")
-            device.bind()
             assert (device.free_bytes() or 0) > 0
             device.close()
         except BaseException as error:
