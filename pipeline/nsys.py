@@ -190,6 +190,7 @@ def _read(database: sqlite3.Connection, path: str) -> Timeline:
             devices.setdefault(device, []).append(
                 Interval(stage, chunk, (began - start) / 1e9, (ended - start) / 1e9, n_bytes)
             )
+    devices = {device: _launches_joined(operations) for device, operations in devices.items()}
     for each in stages:
         if each.name in ("fill", "drain"):
             device = chunk_device.get(each.number, min(chunk_device.values(), default=0))
@@ -203,6 +204,19 @@ def _read(database: sqlite3.Connection, path: str) -> Timeline:
     }
     hardware = {f"cuda:{device}": names[device] for device in devices if device in names}
     return Timeline(ordered, "Nsight Systems report", hardware, unassigned=unassigned)
+
+
+def _launches_joined(operations: Iterable[Interval]) -> list[Interval]:
+    """Kernels of one chunk as one operation, from the start of the first to the end of the last: fp32 takes three."""
+    others, kernels = [], dict[int, Interval]()
+    for each in operations:
+        if each.stage != "kernel":
+            others.append(each)
+            continue
+        joined = kernels.get(each.chunk, each)
+        start_s, end_s = min(joined.start_s, each.start_s), max(joined.end_s, each.end_s)
+        kernels[each.chunk] = each._replace(start_s=start_s, end_s=end_s)
+    return [*others, *kernels.values()]
 
 
 def _columns(database: sqlite3.Connection, table: str) -> set[str]:
