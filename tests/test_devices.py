@@ -255,17 +255,6 @@ def test_cuda_times_follow_the_hosts_clock_from_which_the_gpus_drifts(monkeypatc
     assert next(events) < 20, "events are used again"
 
 
-def test_cuda_operation_with_a_start_event_starts_there(events: FakeEvents) -> None:
-    from pipeline.devices.cuda import _CudaOperation
-
-    upload = _CudaOperation(events, "H2D", "H2D copy", 101.0, [])  # type: ignore[arg-type]
-    kernel = _CudaOperation(events, "end", "kernel", 101.5, [upload], "start")  # type: ignore[arg-type]
-    events.fired = {"H2D": 103.0, "start": 103.1, "end": 104.0}
-    assert kernel.done() and kernel.times() == pytest.approx((103.1, 104.0))
-    assert sorted(events.released) == ["end", "start"]
-    assert upload.done() and events.base.needed_by == 0
-
-
 def test_cuda_operation_never_ends_before_it_starts(events: FakeEvents) -> None:
     from pipeline.devices.cuda import _CudaOperation
 

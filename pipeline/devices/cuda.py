@@ -117,25 +117,17 @@ class _EventPool:
 class _CudaOperation:
     """Work on a stream, up to an event behind it. `what` goes into error messages.
 
-    It started at the event `start`, or, without one, when it was queued or the last of `before` ended: what its stream
-    and its engine did before it. NOTE: an event before each copy would tell no more, for another 2.5 us of the
-    executor's loop (H200 host: 1.8 to record it, 0.7 to ask for its time): it would come right after the end of the
-    copy before. Kernels have one, since they start some 15 us after the copy that they wait for (nsys, H100).
+    It started when it was queued, or when the last of `before` ended: what its stream and its engine did before it.
+    NOTE: an event before the work would tell as much, for another 2.5 us of the executor's loop (H200 host: 1.8 to
+    record it, 0.7 to ask for its time): under nsys, kernels started 16 us after such an event, and after the copy that
+    they waited for 17 (H100).
     """
 
-    __slots__ = ("_base", "_before", "_end", "_pool", "_queued_s", "_start", "_stream", "_times", "_what")
+    __slots__ = ("_base", "_before", "_end", "_pool", "_queued_s", "_stream", "_times", "_what")
 
-    def __init__(
-        self,
-        pool: _EventPool,
-        stream: Any,
-        what: str,
-        queued_s: float,
-        before: list[_CudaOperation],
-        start: Any = None,
-    ) -> None:
+    def __init__(self, pool: _EventPool, stream: Any, what: str, queued_s: float, before: list[_CudaOperation]) -> None:
         self._pool, self._stream, self._what, self._queued_s, self._before = pool, stream, what, queued_s, before
-        self._start, self._end = start, pool.record(stream)
+        self._end = pool.record(stream)
         self._base = pool.base
         self._base.needed_by += 1
         self._times: tuple[float, float] | None = None
@@ -149,24 +141,15 @@ class _CudaOperation:
             return False
         if code != 0:
             raise call_error(self._what, code)
-        end_s = self._at(self._end)
-        if self._start is not None:
-            start_s = self._at(self._start)
-        else:
-            start_s = max([self._queued_s] + [before.times()[1] for before in self._before if before.done()])
-        self._set_times(min(start_s, end_s), end_s)
+        end_s = self._base.host_s + self._pool.elapsed_s(self._base.event, self._end)
+        starts = [self._queued_s] + [before.times()[1] for before in self._before if before.done()]
+        self._set_times(min(max(starts), end_s), end_s)
         return True
-
-    def _at(self, event: Any) -> float:
-        """When an event was, on the host's clock."""
-        return self._base.host_s + self._pool.elapsed_s(self._base.event, event)
 
     def _set_times(self, start_s: float, end_s: float) -> None:
         """It is done; give back what told it."""
         self._times = start_s, end_s
         self._pool.release(self._end)
-        if self._start is not None:
-            self._pool.release(self._start)
         self._base.needed_by -= 1
         self._before = []
 
@@ -330,18 +313,14 @@ class CudaDevice(Device):
         """Those that operations of slots are queued on."""
         return [self._h2d, self._d2h, *self._kernel_streams]
 
-    def _queue(
-        self, slot: int, engine: str, stream: Any, queue: Callable[[], None], *, marks_start: bool = False
-    ) -> Operation:
-        """Let `queue` queue an engine's work on the stream, behind the slot's latest operation; an event after it, and
-        one before it if `marks_start`."""
+    def _queue(self, slot: int, engine: str, stream: Any, queue: Callable[[], None]) -> Operation:
+        """Let `queue` queue an engine's work on the stream, behind the slot's latest operation; an event after it."""
         latest, queued_s = self._latest, time.perf_counter()
         if slot in latest:
             latest[slot].hold(stream)
-        start = self._events.record(stream) if marks_start else None
         queue()
         before = [latest[key] for key in (engine, slot) if key in latest]
-        operation = _CudaOperation(self._events, stream, f"{engine} of slot {slot}", queued_s, before, start)
+        operation = _CudaOperation(self._events, stream, f"{engine} of slot {slot}", queued_s, before)
         latest[engine] = latest[slot] = operation
         return operation
 
@@ -406,7 +385,7 @@ class CudaDevice(Device):
                 self._align_rows(x, source, stride_bytes, rows, stream)
             launch()
 
-        return self._queue(slot, "kernel", stream, queue, marks_start=True)
+        return self._queue(slot, "kernel", stream, queue)
 
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
         source, target = self._outputs[slot] + first * self._out_row_bytes, address_of(rows)

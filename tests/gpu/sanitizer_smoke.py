@@ -20,7 +20,7 @@ from cuda.bindings import driver
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.config import parse_dtype
-from pipeline.kernels.launch import Launcher
+from pipeline.kernels.launch import Launcher, in_context
 from pipeline.kernels.select import Problem, alignment, candidates
 from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch, SplitRows
 
@@ -142,6 +142,11 @@ def launch_split(launcher: Launcher, shape: tuple[int, int, int]) -> int:
 
 def main() -> None:
     launcher = Launcher.for_device(0)
+    with in_context(launcher.context):
+        launch_all(launcher)
+
+
+def launch_all(launcher: Launcher) -> None:
     for precision in ("ieee", "tf32", "bfloat16", "float16"):
         launched = sum(launch_shape(launcher, precision, shape) for shape in SHAPES)
         print(f"{launcher.name} ({launcher.arch}): {precision}: {launched} launches")

@@ -564,6 +564,8 @@ def test_two_gpus_share_a_job(kind: str, tmp_path: Path) -> None:
     np.save(tmp_path / "x.npy", x)
     with open_pipeline() as one:
         expected = one.run(x).out
+    with open_pipeline(devices="cuda:1") as other:  # CUDA keeps some descriptors for each GPU that was used once
+        other.run(x[:1000])
     source = {
         "array": lambda: x,
         "pinned": lambda: pinned(x),
