@@ -43,6 +43,7 @@ class _Task:
             work()
         except BaseException as error:  # handed to the executor by done()
             self._error = error
+        del work  # before anyone hears that it is done, and may end the process
         self._times = (start, time.perf_counter())
         self._finished.set()
         self._something_done.set()
