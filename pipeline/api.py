@@ -48,6 +48,7 @@ from pipeline.tune import Tuning
 
 _run_numbers = itertools.count()
 _GATHER_BYTES, _FEWEST_BUFFERS = 96 * 2**20, 2  # pinned chunk buffers for iterables, all devices together
+_MOST_CPU_ROWS = 2**20  # of an automatic chunk on the CPU
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,10 @@ class Pipeline:
         self.out_dtype: DType = layer.dtype if out_dtype is None else parse_out_dtype(out_dtype)
         self.wire_in, self.wire_out = wire_dtypes(layer.dtype, wire_dtype, self.out_dtype, layer.precision)
         self._chooses_rows = chunk_rows == "auto"
-        self.chunk_rows = _whole_number(chunk_rows, "chunk_rows") or _auto_chunk_rows(
-            layer, self.wire_in, self.wire_out
-        )
+        rows = _whole_number(chunk_rows, "chunk_rows")
         self.num_streams = _whole_number(num_streams, "num_streams") or DEFAULT_STREAMS
         self.device_names = find_devices(devices)
+        self.chunk_rows = rows or _auto_chunk_rows(layer, self.wire_in, self.wire_out, self.device_names)
         for dtype in (layer.dtype, self.out_dtype):
             if dtype is FLOAT64 and any(name.startswith("cuda") for name in self.device_names):
                 raise DTypeError("float64 is computed on the CPU only; pass devices='cpu', or convert to float32")
@@ -678,9 +678,12 @@ def _ends(source: Source, sink: Sink) -> Ends:
     return Ends("file" if isinstance(source, FileSource) else "memory", sink.where)
 
 
-def _auto_chunk_rows(layer: FusedLinear, wire_in: DType, wire_out: DType) -> int:
+def _auto_chunk_rows(layer: FusedLinear, wire_in: DType, wire_out: DType, devices: list[str]) -> int:
     """Rows of a chunk of about 32 MiB on its wider side."""
-    return auto_chunk_rows(max(layer.in_features * wire_in.itemsize, layer.out_features * wire_out.itemsize))
+    row_bytes = max(layer.in_features * wire_in.itemsize, layer.out_features * wire_out.itemsize)
+    if devices == ["cpu"]:  # whose threads wait for each other at the end of each chunk
+        return auto_chunk_rows(row_bytes, most=_MOST_CPU_ROWS)
+    return auto_chunk_rows(row_bytes)
 
 
 def _check_memory(device: Device, layer: FusedLinear, out_dtype: DType, chunk_rows: int, num_streams: int) -> None:

@@ -228,9 +228,9 @@ def native_copy() -> bool:
     return text != "0"
 
 
-def auto_chunk_rows(row_bytes: int) -> int:
-    """Rows of a chunk of about 32 MiB, a multiple of 128 between 128 and 65,536; `row_bytes` is its wider side's."""
-    return int(min(65_536, max(128, CHUNK_BYTES // row_bytes // 128 * 128)))
+def auto_chunk_rows(row_bytes: int, *, most: int = 65_536) -> int:
+    """Rows of a chunk of about 32 MiB, a multiple of 128 between 128 and `most`; `row_bytes` is its wider side's."""
+    return int(min(most, max(128, CHUNK_BYTES // row_bytes // 128 * 128)))
 
 
 def rows_a_chunk(rows: int, devices: int, most: int, *, fewest_chunks: int = _FEWEST_CHUNKS) -> int:

@@ -31,19 +31,20 @@ if TYPE_CHECKING:
 
 # Rows are computed on the CPU at their place on this grid, with zero rows filling up both ends, so that a row's bits
 # don't depend on the rows beside it. BLAS libraries change them with the row count: MKL's float32 product in tiles
-# that aren't full (multiples of 4), its float64 product where it splits the sum (up to 64 rows and 32 columns) and
-# where rows don't start at a cache line. They change them with their threads, too (MKL splits the sum among its own):
-# each product runs in one, and which columns it has depends on out_features alone.
+# that aren't full (multiples of 4), its float64 product where it splits the sum (up to 64 rows and 32 columns). They
+# change them with their threads, too (MKL splits the sum among its own): each product runs in one, and which columns it
+# has depends on out_features alone. And with the address of x: MKL's float64 product where rows don't start at a cache
+# line, its float32 product of up to 11 columns.
 CPU_ROW_GRID = 64
-_CPU_MIN_FEATURES = 64  # narrower weights get zero output features, for the same reason
+_CPU_COLUMN_GRID = 16  # weights of fewer than 64 output features get zero ones up to a multiple of this
 ALIGNMENT_BYTES = 16  # of addresses and row strides in device memory
 # Rows and columns of one matrix product on the CPU. Narrower products take longer for the same work.
 _CPU_PRODUCT_ROWS = 512
 _CPU_PRODUCT_COLUMNS = 512
-# Results of a block before they are rounded, as many as fit a core's cache. Threads take turns to run Python, so that a
-# narrow layer's blocks have more rows than a product.
+# Results of a block. Threads take turns to run Python, so that a narrow layer's blocks have more rows than a product.
 _CPU_BLOCK_RESULTS = _CPU_PRODUCT_ROWS * _CPU_PRODUCT_COLUMNS
-# Inputs of a block, which are copied where they aren't aligned: few enough for malloc to lend the same memory again.
+_TORCH_GRAIN = 2**15  # elements of which torch gives none to other threads
+# Inputs of a block, which may have to be copied: few enough for malloc to lend the same memory again.
 _CPU_BLOCK_INPUTS = 2**21
 
 
@@ -55,18 +56,26 @@ def reference(x: Any, weight: Any, bias: Any, scaling_factor: float) -> npt.NDAr
     return sigmoid_scale_add(z, scaling_factor)
 
 
-def sigmoid_scale_add(z: HostArray, scaling_factor: float, out: HostArray | None = None) -> HostArray:
-    """scaling_factor * sigmoid(z) + z, in z's element type; to contiguous `out`, or a new array.
-
-    NumPy, because its exp gives an element the same bits wherever it stands; torch's vector and scalar code differ.
-    """
+def sigmoid_scale_add(z: HostArray, scaling_factor: float) -> HostArray:
+    """scaling_factor * sigmoid(z) + z, in z's element type."""
     with np.errstate(over="ignore", invalid="ignore"):
-        y = np.negative(z, out=out)
-        np.exp(y, out=y)
-        y += 1
-        np.divide(scaling_factor, y, out=y)
-        y += z
-    return y
+        return scaling_factor / (1 + np.exp(-z)) + z
+
+
+def add_scaled_sigmoid(z: torch.Tensor, scaling_factor: float, scratch: torch.Tensor) -> None:
+    """z += scaling_factor * sigmoid(z), in place; `scratch` has z's element type and at least its length.
+
+    z is 1-D and contiguous. An element's bits don't depend on its place if z's length is a multiple of 64: torch's
+    vector and scalar code differ, and parts for its threads may end within a vector, so that none get any here.
+    """
+    import torch
+
+    # infinite where it is too large for z's type: add_ would raise
+    alpha = torch.tensor(scaling_factor, dtype=z.dtype, device="cpu").item()
+    at_once = max(1, len(z)) if torch.get_num_threads() == 1 else _TORCH_GRAIN
+    for first in range(0, len(z), at_once):
+        part = z[first : first + at_once]
+        part.add_(torch.sigmoid(part, out=scratch[: len(part)]), alpha=alpha)
 
 
 def check_scaling_factor(value: Any) -> float:
@@ -184,17 +193,19 @@ class HostWeights:
         self.out_features = weight.shape[0]
         weight = weight.detach().to(self.compute_dtype)
         bias = None if bias is None else bias.detach().to(self.compute_dtype)
-        narrow = _CPU_MIN_FEATURES - self.out_features
-        if narrow > 0:
-            weight = torch.nn.functional.pad(weight, (0, 0, 0, narrow))
-            bias = None if bias is None else torch.nn.functional.pad(bias, (0, narrow))
+        if self.out_features < 64:
+            more = -self.out_features % _CPU_COLUMN_GRID
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, more))
+            bias = None if bias is None else torch.nn.functional.pad(bias, (0, more))
         self.transposed, self.bias = weight.t(), bias
         starts = range(0, max(1, len(weight) - _CPU_PRODUCT_COLUMNS // 2), _CPU_PRODUCT_COLUMNS)
         edges = [*starts, len(weight)]  # the last block takes the rest
         self.column_blocks = [slice(*edge) for edge in itertools.pairwise(edges)]
         # NOTE: MKL's AVX-512 float64 product of 64 or 128 rows and more than 192 columns has other bits than that of
-        # more rows, in one thread, too (torch 2.13, MKL 2024.2); float32 products of 64 to 512 rows have the same.
-        self.product_rows = CPU_ROW_GRID if self.compute_dtype == torch.float64 else _CPU_PRODUCT_ROWS
+        # more rows, in one thread, too (torch 2.13, MKL 2024.2); float32 products of 64 to 512 rows and at least 64
+        # columns have the same. All others are of 64 rows, whatever the block's.
+        same_bits = self.compute_dtype == torch.float32 and len(weight) >= 64
+        self.product_rows = _CPU_PRODUCT_ROWS if same_bits else CPU_ROW_GRID
         widest = max(block.stop - block.start for block in self.column_blocks)
         rows = min(max(_CPU_PRODUCT_ROWS, _CPU_BLOCK_RESULTS // widest), _CPU_BLOCK_INPUTS // max(1, weight.shape[1]))
         self.block_rows = max(1, rows // CPU_ROW_GRID) * CPU_ROW_GRID
@@ -241,26 +252,40 @@ class HostWeights:
         skipped, rows = first - start, stop - start
         padded = -(-rows // CPU_ROW_GRID) * CPU_ROW_GRID
         block = x[first:stop]
-        in_place = block.dtype == self.compute_dtype and block.is_contiguous() and block.data_ptr() % 64 == 0
+        in_place = block.dtype == self.compute_dtype and block.is_contiguous()
+        if self.compute_dtype == torch.float64:  # see CPU_ROW_GRID
+            in_place &= block.data_ptr() % 64 == 0
         if padded != stop - first or not in_place:
             block = scratch.x[:padded]
             block[:skipped] = 0
             block[skipped:rows] = x[first:stop]
             block[rows:] = 0
         for columns in column_blocks:
-            z = scratch.z[: padded * (columns.stop - columns.start)].view(padded, -1)
-            for row in range(0, padded, self.product_rows):
-                product = slice(row, row + self.product_rows)
-                if self.bias is None:
-                    torch.mm(block[product], self.transposed[:, columns], out=z[product])
-                else:
-                    torch.addmm(self.bias[columns], block[product], self.transposed[:, columns], out=z[product])
             target = out[first:stop, columns]  # without the zero features of narrow weights
-            direct = target.dtype == self.compute_dtype and target.is_contiguous()
-            y = target if direct else scratch.y[: target.numel()].view(target.shape)
-            sigmoid_scale_add(z[skipped:rows, : target.shape[1]].numpy(), scaling_factor, y.numpy())
+            shape = padded, columns.stop - columns.start
+            direct = target.shape == shape and target.dtype == self.compute_dtype and target.is_contiguous()
+            z = target if direct else scratch.z[: shape[0] * shape[1]].view(shape)
+            self._product(block, columns, z)
+            add_scaled_sigmoid(z.view(-1), scaling_factor, scratch.sigmoid)
             if not direct:
-                target.copy_(y)
+                target.copy_(z[skipped:rows, : target.shape[1]])
+
+    def _product(self, x: torch.Tensor, columns: slice, z: torch.Tensor) -> None:
+        """z[:] = x @ W.T + b for some of the columns: products of `product_rows` rows in one call, then the rest."""
+        import torch
+
+        weight = self.transposed[:, columns]
+        even = len(x) // self.product_rows * self.product_rows
+        for first, stop, rows in (0, even, self.product_rows), (even, len(x), len(x) - even):
+            if first == stop:
+                continue
+            count = (stop - first) // rows
+            products = z[first:stop].view(count, rows, -1)
+            operands = x[first:stop].view(count, rows, -1), weight.expand(count, -1, -1)
+            if self.bias is None:
+                torch.bmm(*operands, out=products)
+            else:
+                torch.baddbmm(self.bias[columns], *operands, out=products)
 
 
 class _Scratch:
@@ -272,7 +297,7 @@ class _Scratch:
         columns = max(block.stop - block.start for block in weights.column_blocks)
         self.x = torch.empty(rows, weights.transposed.shape[0], dtype=weights.compute_dtype, device="cpu")
         self.z = torch.empty(rows * columns, dtype=weights.compute_dtype, device="cpu")
-        self.y = torch.empty(rows * columns, dtype=weights.compute_dtype, device="cpu")
+        self.sigmoid = torch.empty(rows * columns, dtype=weights.compute_dtype, device="cpu")
 
 
 def rows_for_kernel(matrix: torch.Tensor) -> torch.Tensor:

@@ -135,13 +135,16 @@ def test_pipeline_options_are_keywords() -> None:
         run_pipelined(LAYER, X, None, 16)  # type: ignore[misc]
 
 
+@pytest.mark.parametrize("devices,most", [(["cpu"], 2**20), (["cuda:0"], 65_536), (["sim", "cpu"], 65_536)])
 @pytest.mark.parametrize("in_features,out_features", [(1, 1), (300, 20), (4096, 8192), (1_000_000, 1)])
-def test_pipeline_auto_chunk_is_about_32_mib_of_the_wider_side(in_features: int, out_features: int) -> None:
+def test_pipeline_auto_chunk_is_about_32_mib_of_the_wider_side(
+    in_features: int, out_features: int, devices: list[str], most: int
+) -> None:
     from pipeline.api import _auto_chunk_rows
 
     layer = FusedLinear(np.broadcast_to(np.float32(0), (out_features, in_features)))
-    rows = _auto_chunk_rows(layer, layer.dtype, layer.dtype)
-    assert rows % 128 == 0 and 128 <= rows <= 65_536
+    rows = _auto_chunk_rows(layer, layer.dtype, layer.dtype, devices)
+    assert rows % 128 == 0 and 128 <= rows <= most
     assert rows == 128 or rows * 4 * max(in_features, out_features) <= 32 * 2**20
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from pipeline import DTypeError, FileFormatError, FusedLinear, InputError, OptionError, ShapeError
 from pipeline.arrays import byte_range, host_tensor, host_view, overlaps, to_float64
 from pipeline.config import DTYPES, parse_dtype
-from pipeline.forward import HostWeights, check_gpu_out, reference, sigmoid_scale_add
+from pipeline.forward import HostWeights, add_scaled_sigmoid, check_gpu_out, reference, sigmoid_scale_add
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 # What rounding to an element type can cost a value, relative to the larger of itself and 1.
@@ -360,6 +360,11 @@ def test_layer_puts_nan_and_infinity_where_they_belong(dtype: str, scaling_facto
         torch.testing.assert_close(layer(x), expected, equal_nan=True, rtol=4 * info.eps, atol=float(info.tiny))
 
 
+def test_layer_scaling_factor_beyond_its_type_gives_infinity() -> None:
+    layer = FusedLinear(fresh(1, 4, 8), None, 1e39)
+    assert np.isposinf(layer(fresh(2, 3, 8))).all()
+
+
 def test_layer_nan_stays_in_its_row() -> None:
     layer, x = new_layer(40, 70), fresh(3, 200, 40)
     expected = layer(x)
@@ -622,11 +627,13 @@ def test_layer_equals_the_reference(
     hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=st.floats(width=32)),
     st.floats(-1e6, 1e6),
 )
-def test_sigmoid_scale_add_equals_float64_for_every_float32(z: Any, scaling_factor: float) -> None:
+def test_add_scaled_sigmoid_equals_float64_for_every_float32(z: Any, scaling_factor: float) -> None:
     with np.errstate(over="ignore", invalid="ignore"):
         wide = sigmoid_scale_add(z.astype(np.float64), scaling_factor)
         expected = wide.astype(np.float32)
-    y = sigmoid_scale_add(z, scaling_factor)
+    y = np.copy(z).reshape(-1)
+    add_scaled_sigmoid(torch.from_numpy(y), scaling_factor, torch.empty(y.size))
+    y = y.reshape(z.shape)
     smallest = np.finfo(np.float32).smallest_subnormal  # two roundings of a subnormal may differ by one step
     np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * abs(scaling_factor) + smallest)
 

@@ -1,4 +1,4 @@
-"""The CPU as a device: computes for real, with one thread for each engine a GPU has."""
+"""The CPU as a device: computes for real, with threads for each engine a GPU has."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from pipeline.errors import DeviceMemoryError
 from pipeline.forward import HostWeights
 from pipeline.layer import FusedLinear
 
-_PATIENCE_S = 5e-4, 4e-3  # with the copy workers, at first and at most
+_PATIENCE_S = 5e-4, 3.2e-2  # with the copy workers, at first and at most
+# Threads of each engine. Two that queue kernels: cores that are done with one chunk begin with the next.
+_ENGINES = {"H2D": 1, "kernel": 2, "D2H": 1}
 
 
 class _Task:
     """A queued operation: runs on its engine's thread once the slot's previous operation is done."""
 
-    def __init__(self, work: Callable[[], None] | None, after: _Task | None, something_done: threading.Event) -> None:
+    def __init__(self, work: Callable[[], None], after: _Task | None, something_done: threading.Event) -> None:
         self._work, self._after, self._something_done = work, after, something_done
         self._finished = threading.Event()
         self._error: BaseException | None = None
@@ -36,12 +38,12 @@ class _Task:
             self._after.wait()
             self._after = None
         start, work = time.perf_counter(), self._work
-        self._work = None  # the caller's arrays aren't kept
+        del self._work  # the caller's arrays aren't kept
         try:
-            if work is not None:
-                work()
+            work()
         except BaseException as error:  # handed to the executor by done()
             self._error = error
+        del work  # before anyone hears that it is done, and may end the process
         self._times = (start, time.perf_counter())
         self._finished.set()
         self._something_done.set()
@@ -59,12 +61,15 @@ class _Task:
 
 
 class _Engine:
-    """A thread that runs tasks in the order in which they were queued."""
+    """Threads that begin tasks in the order in which they were queued."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, threads: int) -> None:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._loop, name=f"pipeline-{name}", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._loop, name=f"pipeline-{name}-{n}", daemon=True) for n in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def _loop(self) -> None:
         while (task := self._tasks.get()) is not None:
@@ -74,8 +79,10 @@ class _Engine:
         self._tasks.put(task)
 
     def close(self) -> None:
-        self._tasks.put(None)
-        self._thread.join()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
 
 
 class CpuDevice(Device):
@@ -86,7 +93,7 @@ class CpuDevice(Device):
 
     def __init__(self) -> None:
         self.description = f"{platform.machine()} CPU, {os.cpu_count()} threads"
-        self._engines = {stage: _Engine(f"cpu-{stage}") for stage in ("H2D", "kernel", "D2H")}
+        self._engines = {stage: _Engine(f"cpu-{stage}", threads) for stage, threads in _ENGINES.items()}
         self._something_done = threading.Event()
         self._patience_s = _PATIENCE_S[0]
         self._last: list[_Task | None] = []
@@ -164,11 +171,9 @@ class CpuDevice(Device):
             self._patience_s = min(2 * self._patience_s, _PATIENCE_S[1])
 
     def synchronize(self) -> None:
-        ends = [_Task(None, None, self._something_done) for _ in self._engines]
-        for engine, end in zip(self._engines.values(), ends, strict=True):
-            engine.queue(end)
-        for end in ends:
-            end.wait()
+        for task in self._last:
+            if task is not None:
+                task.wait()
 
     def close(self) -> None:
         for engine in self._engines.values():
