@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import subprocess
+import sys
+import textwrap
+import threading
 from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import DeviceTests, random_layer, random_rows, wait
+from device_tests import DeviceTests, random_layer, random_rows, wait, wait_until
 
 from pipeline.arrays import HostArray
 from pipeline.config import FLOAT32
@@ -136,6 +141,28 @@ def test_cpu_waits_for_nothing_that_an_interrupt_kept_from_being_queued(monkeypa
     device.synchronize()
     assert copy.done()
     device.close()
+
+
+def test_cpu_threads_end_with_a_device_that_nobody_closed() -> None:
+    device = CpuDevice()
+    threads = [thread for thread in threading.enumerate() if thread.name.startswith("pipeline-cpu-")]
+    assert len(threads) >= 4
+    del device
+    gc.collect()
+    wait_until(lambda: not any(thread.is_alive() for thread in threads))
+
+
+def test_process_that_closes_no_pipeline_exits_cleanly() -> None:
+    code = """
+        import numpy as np
+        from pipeline import FusedLinear, Pipeline
+
+        weight = np.ones((64, 64), np.float32)
+        pipeline = Pipeline(FusedLinear(weight), devices="cpu", chunk_rows=128)
+        assert pipeline.run(np.ones((20_000, 64), np.float32)).out.shape == (20_000, 64)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # -- CUDA operations, without a GPU ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import platform
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,28 +62,33 @@ class _Task:
 
 
 class _Engine:
-    """Threads that begin tasks in the order in which they were queued."""
+    """Threads that begin tasks in the order in which they were queued. They end with it, or when the interpreter exits:
+    Python would unwind a daemon that is inside torch then, and the process would abort."""
 
     def __init__(self, name: str, threads: int) -> None:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
-        self._threads = [
-            threading.Thread(target=self._loop, name=f"pipeline-{name}-{n}", daemon=True) for n in range(threads)
+        started = [
+            threading.Thread(target=_run_tasks, args=(self._tasks,), name=f"pipeline-{name}-{n}", daemon=True)
+            for n in range(threads)
         ]
-        for thread in self._threads:
+        for thread in started:
             thread.start()
-
-    def _loop(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            task.run()
+        self.close = weakref.finalize(self, _end_threads, self._tasks, started)
 
     def queue(self, task: _Task) -> None:
         self._tasks.put(task)
 
-    def close(self) -> None:
-        for _ in self._threads:
-            self._tasks.put(None)
-        for thread in self._threads:
-            thread.join()
+
+def _run_tasks(tasks: queue.SimpleQueue[_Task | None]) -> None:
+    while (task := tasks.get()) is not None:
+        task.run()
+
+
+def _end_threads(tasks: queue.SimpleQueue[_Task | None], threads: list[threading.Thread]) -> None:
+    for _ in threads:
+        tasks.put(None)
+    for thread in threads:
+        thread.join()
 
 
 class CpuDevice(Device):
