@@ -26,7 +26,7 @@ class Lanes:
     """Rows a second that each lane of a GPU would move alone. Infinity stands for a lane that a job doesn't use.
 
     `memory` is for fills and drains together, `fill_share` the part of its bytes that fills move. `pause_s` is what a
-    copy engine loses before the first copy of another chunk, which lies on another stream.
+    copy engine loses before the first copy of another chunk.
     """
 
     fill: float

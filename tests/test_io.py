@@ -402,7 +402,7 @@ def test_npy_source_refuses_a_bad_file_by_name(name: str, tmp_path: Path) -> Non
         tracemalloc.start()
         try:
             with pytest.raises(error) as caught:
-                run_pipelined(LAYER, path, tmp_path / "y.npy", devices="cpu")
+                run_pipelined(LAYER, path, tmp_path / "y.npy", devices="cpu", chunk_rows=1000)
             assert tracemalloc.get_traced_memory()[1] < 50e6
         finally:
             tracemalloc.stop()

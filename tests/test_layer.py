@@ -548,6 +548,7 @@ def torch_threads(count: int) -> Iterator[None]:
 @example((600, 512, 200, "float64", [0, 7, 64, 192, 599, 600], 1))
 @example((600, 4096, 200, "float32", [0, 7, 64, 599, 600], 2))
 @example((900, 700, 1100, "float32", [0, 1, 65, 200, 900], 0))
+@example((514, 1, 37, "float32", [0, 134, 514], 1))
 def test_host_weights_row_bits_do_not_depend_on_neighbours(
     problem: tuple[int, int, int, str, list[int], int],
 ) -> None:
