@@ -119,11 +119,13 @@ def _job(stats: dict[str, Any], in_features: int, out_features: int, source: str
 
 
 def all_cases(folder: Path = ROOT / "profiles") -> list[Case]:
-    """The runs of every record under the folder."""
+    """The runs of every record under the folder that is of the shipped machine's GPU."""
     cases = []
     for path in sorted(folder.rglob("*.json")):
         document = json.loads(path.read_text())
-        if isinstance(document, dict) and document.get("bench") in ("stream", "plan", "file"):
+        if not isinstance(document, dict) or document.get("bench") not in ("stream", "plan", "file"):
+            continue
+        if all(gpu.startswith("NVIDIA H200") for gpu in document["context"]["gpus"]):
             name = path.relative_to(folder).with_suffix("")
             cases += [replace(case, name=f"{name}: {case.name}") for case in measured_cases(document)]
     return cases
