@@ -280,9 +280,8 @@ class Executor:
     def _start_downloads(self) -> bool:
         """Queue D2H copies: into free pieces, or of a whole chunk in place.
 
-        Behind a kernel that still runs only where nothing else is queued for that copy engine. NOTE: a copy that has to
-        wait for a kernel starts 15 us after the one before it even where the kernel was done long before then, others
-        after 4 us (nsys, H100): 1.6% of a chunk's time.
+        Behind a kernel that still runs only where nothing else is queued for that copy engine, so that few of them wait
+        for an event. NOTE: D2H copies follow each other after 15 us all the same, H2D copies after 3 to 8 (nsys, H100).
         """
         moved = False
         for flight in self._flights:
