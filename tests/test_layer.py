@@ -632,8 +632,8 @@ def test_add_scaled_sigmoid_equals_float64_for_every_float32(z: Any, scaling_fac
     with np.errstate(over="ignore", invalid="ignore"):
         wide = sigmoid_scale_add(z.astype(np.float64), scaling_factor)
         expected = wide.astype(np.float32)
-    y = np.copy(z).reshape(-1)
-    add_scaled_sigmoid(torch.from_numpy(y), scaling_factor, torch.empty(y.size))
+    y = np.full(z.size, np.nan, np.float32)
+    add_scaled_sigmoid(torch.from_numpy(z.reshape(-1)), scaling_factor, torch.empty(z.size), torch.from_numpy(y))
     y = y.reshape(z.shape)
     smallest = np.finfo(np.float32).smallest_subnormal  # two roundings of a subnormal may differ by one step
     np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * abs(scaling_factor) + smallest)
