@@ -362,20 +362,23 @@ def test_executor_uses_rows_in_device_memory_without_copies(side: str, monkeypat
 class OrderedDownloads(WatchedSim):
     """Counts the D2H copies that were queued while the chunk's kernel still ran, and checks what else was queued."""
 
-    behind_kernels = 0
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.behind_kernels = 0
+        self._latest_kernel: dict[int, Operation] = {}  # of each slot
+        self._latest_download: Operation | None = None
 
     def compute(self, slot: int, *arguments: Any) -> Operation:
-        operation = super().compute(slot, *arguments)
-        self._kernels = {**getattr(self, "_kernels", {}), slot: operation}
-        return operation
+        self._latest_kernel[slot] = super().compute(slot, *arguments)
+        return self._latest_kernel[slot]
 
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
-        queued: list[Operation] = getattr(self, "_downloads", [])
-        if not self._kernels[slot].done():
+        if not self._latest_kernel[slot].done():
             self.behind_kernels += 1
-            assert all(operation.done() for operation in queued), "a copy waits for a kernel, another for that copy"
-        self._downloads = [*queued, super().download(slot, first, rows)]
-        return self._downloads[-1]
+            before = self._latest_download
+            assert before is None or before.done(), "a copy waits for a kernel, another for that copy"
+        self._latest_download = super().download(slot, first, rows)
+        return self._latest_download
 
 
 def test_executor_queues_downloads_behind_running_kernels_only_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,21 @@ def test_report_leaves_out_what_is_not_the_pipelines(tmp_path: Path) -> None:
     assert timeline.unassigned == 5
 
 
+def test_report_joins_the_launches_of_a_chunk(tmp_path: Path) -> None:
+    path = tmp_path / "report.sqlite"
+    export = Export(path)
+    export.range(RUN, 0, 10_000_000, 3)
+    for chunk, called in ((0, 1000), (1, 3000)):
+        export.range("kernel", called, called + 900, chunk)
+        for number, (start_s, end_s) in enumerate(((1e-3, 1.1e-3), (1.2e-3, 2e-3), (2.1e-3, 2.2e-3))):
+            later_s = 0.5e-3 * chunk  # chunks overlap
+            export.operation(Interval("kernel", chunk, start_s + later_s, end_s + later_s, 0), called + 100 * number)
+    export.close()
+    kernels = nsys.read_report(path).devices["cuda:0"]
+    assert [i.chunk for i in kernels] == [0, 1]
+    assert [i[2:4] for i in kernels] == [pytest.approx((1e-3, 2.2e-3)), pytest.approx((1.5e-3, 2.7e-3))]
+
+
 def test_report_of_a_cpu_run_has_its_host_lanes(tmp_path: Path) -> None:
     path = tmp_path / "report.sqlite"
     export = Export(path)
