@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 # that aren't full (multiples of 4), its float64 product where it splits the sum (up to 64 rows and 32 columns). They
 # change them with their threads, too (MKL splits the sum among its own): each product runs in one, and which columns it
 # has depends on out_features alone. And with the address of x: MKL's float64 product where rows don't start at a cache
-# line, its float32 product of up to 11 columns. Where a sum is one product, of one input feature, MKL's AVX-512 code
-# rounds it or not before the bias is added (H100 host, 7 of 1,567 random problems, all of them such): see `_product`.
+# line, its float32 product of up to 11 columns. And MKL's AVX-512 code those of a single input feature with the rows
+# beside or the address, which of them isn't known (1,567 random problems on an H100's host, at least three such among
+# them with other bits): see `_product`.
 CPU_ROW_GRID = 64
 _CPU_COLUMN_GRID = 16  # weights of fewer than 64 output features get zero ones up to a multiple of this
 ALIGNMENT_BYTES = 16  # of addresses and row strides in device memory
@@ -265,8 +266,8 @@ class HostWeights:
             target = out[first:stop, columns]  # without the zero features of narrow weights
             shape = padded, columns.stop - columns.start
             direct = target.shape == shape and target.dtype == self.compute_dtype and target.is_contiguous()
-            # NOTE: not in the target even where it could be: a product in memory that stays in the core's cache, and one
-            # pass over the target, take 7.6 ns a result instead of 8.8 (512 -> 512, two cores).
+            # NOTE: the product is not made in the target even where it could be: in memory that stays in the core's
+            # cache, with one pass over the target, it takes 8.7 ns a result instead of 9.2 (512 -> 512, two cores).
             z = scratch.z[: shape[0] * shape[1]]
             self._product(block, columns, z.view(shape))
             add_scaled_sigmoid(z, scaling_factor, scratch.sigmoid, target.view(-1) if direct else z)
@@ -278,7 +279,7 @@ class HostWeights:
         import torch
 
         weight = self.transposed[:, columns]
-        if len(weight) == 1:
+        if len(weight) == 1:  # a product and a sum, each rounded: the same bits everywhere
             torch.mul(x, weight, out=z)
             if self.bias is not None:
                 z += self.bias[columns]

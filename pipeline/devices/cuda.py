@@ -117,7 +117,7 @@ class _EventPool:
 class _CudaOperation:
     """Work on a stream, up to an event behind it. `what` goes into error messages.
 
-    It started when it was queued, or when the last of `before` ended: what its stream and its engine did before it.
+    It started when it was queued, or when the last of `before` ended: what its slot and its engine did before it.
     NOTE: an event before the work would tell as much, for another 2.5 us of the executor's loop (H200 host: 1.8 to
     record it, 0.7 to ask for its time): under nsys, kernels started 16 us after such an event, and after the copy that
     they waited for 17 (H100).
