@@ -8,14 +8,14 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = ["csrc/host_copy.c", "csrc/host_move.h"]
+SOURCES = ["csrc/host_copy.c", "csrc/host_lanes.c", "csrc/host_copy.h", "csrc/host_move.h"]
 DIGEST = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
 
 setup(
     ext_modules=[
         Extension(
             "pipeline._host_copy",  # loaded with ctypes: nothing in it is Python's
-            SOURCES[:1],
+            [name for name in SOURCES if name.endswith(".c")],
             depends=SOURCES,
             define_macros=[("HOST_COPY_SOURCE", f'"{DIGEST}"')],
             extra_compile_args=["-std=c11", "-O3", "-pthread"],

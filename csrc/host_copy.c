@@ -19,20 +19,19 @@
 // one worker; several at once would each clear a page and throw all but one away (measured with two: 0.8 instead of
 // 12 GB/s).
 //
-// Called through ctypes (pipeline/io/native.py); `host_copy_request` and `host_copy_result` have their twins there.
+// Called through ctypes (pipeline/io/native.py) and by the staging lanes (host_lanes.c).
 
 #define _GNU_SOURCE
+#include "host_copy.h"
+
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stddef.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/types.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "host_move.h"
@@ -45,31 +44,7 @@
 #define HOST_COPY_PWRITE pwrite
 #endif
 
-enum { COPY, READ_FILE, WRITE_FILE, kNumKinds };
-enum { NO_CAST, FP32_TO_BF16, FP32_TO_FP16, BF16_TO_FP32, FP16_TO_FP32, kNumCasts };
-
-// `rows` rows of `length` elements (with a cast) or bytes (without), `*_stride` bytes from one row to the next. What
-// is read from a file or written to one is one row: READ_FILE takes the file for the source, WRITE_FILE for the target,
-// both from byte `offset` on.
-typedef struct {
-  int32_t kind, cast, streaming, fresh, fd;
-  void* target;
-  const void* source;
-  int64_t target_stride, source_stride;
-  int64_t rows, length;
-  int64_t offset;
-} host_copy_request;
-
-// Times are CLOCK_MONOTONIC. `error` is an errno, or -1 for a file that ended before its last byte at `position`.
-typedef struct {
-  int64_t start_ns, end_ns;
-  int64_t position;
-  int32_t error;
-} host_copy_result;
-
-typedef struct pool pool;
-
-typedef struct job {
+struct job {
   host_copy_request request;
   pool* owner;
   struct job* after;      // in the queue
@@ -80,7 +55,7 @@ typedef struct job {
   atomic_int error;
   atomic_llong left;  // grains not yet done
   atomic_int done;
-} job;
+};
 
 struct pool {
   const instructions* isa;
@@ -102,12 +77,6 @@ enum { kGrainBytes = 256 << 10 };                // copies: small enough to shar
 static const int64_t kFileGrainBytes = 1 << 20;  // of one system call
 static const int64_t kHugePageBytes = 2 << 20;   // of x86-64, and of ARM with pages of 4 KiB
 static const int64_t kSpinNs = 200000;           // as long as the bus takes for a piece: until the next job comes
-
-static int64_t now_ns(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 static int64_t source_itemsize(int cast) {
   if (cast == FP32_TO_BF16 || cast == FP32_TO_FP16) return 4;

@@ -6,7 +6,6 @@
 
 #pragma once
 
-#include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -134,6 +133,10 @@ AVX512 static void copy_avx512(char* target, const char* source, int64_t bytes, 
   _mm_sfence();
 }
 
+// Bytes by which the casts of what has to come from memory ask for it ahead: a page, since the processor's own
+// prefetching stops at its end. (bf16 on the wire, H200 host: 57 to 60 GB/s instead of 52; 1 KiB ahead 55.)
+enum { kAhead = 4096 };
+
 // The rounded upper halves of 16 fp32 as the upper halves of 16 words.
 // NOTE: not VCVTNE2PS2BF16: it takes denormals for zero, whatever MXCSR says (Intel SDM, volume 2).
 AVX512 static __m512i rounded_avx512(const char* source) {
@@ -150,6 +153,8 @@ AVX512 static void to_bf16_avx512(char* target, const char* source, int64_t elem
   const __m512i upper = _mm512_loadu_si512(kOddWords);
   int64_t i = 0;
   for (; i + 32 <= elements; i += 32) {
+    _mm_prefetch(source + 4 * i + kAhead, _MM_HINT_T0);
+    _mm_prefetch(source + 4 * i + kAhead + 64, _MM_HINT_T0);
     __m512i low = rounded_avx512(source + 4 * i), high = rounded_avx512(source + 4 * i + 64);
     _mm512_storeu_si512(target + 2 * i, _mm512_permutex2var_epi16(low, upper, high));
   }
@@ -159,6 +164,7 @@ AVX512 static void to_bf16_avx512(char* target, const char* source, int64_t elem
 AVX512 static void to_fp16_avx512(char* target, const char* source, int64_t elements) {
   int64_t i = 0;
   for (; i + 16 <= elements; i += 16) {
+    _mm_prefetch(source + 4 * i + kAhead, _MM_HINT_T0);
     __m256i y = _mm512_cvtps_ph(_mm512_loadu_ps(source + 4 * i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     _mm256_storeu_si256((void*)(target + 2 * i), y);
   }
@@ -287,15 +293,11 @@ static const instructions* best_instructions(int isa) {
   return &kPortableCode;
 }
 
-static void relax(void) { _mm_pause(); }
-
 #else
 
 static const instructions* best_instructions(int isa) {
   (void)isa;
   return &kPortableCode;
 }
-
-static void relax(void) { atomic_signal_fence(memory_order_seq_cst); }
 
 #endif

@@ -209,6 +209,7 @@ class Pipeline:
             raise PipelineError("this Pipeline is running; close it when its run is done")
         self._closed = True
         for lane in self._lanes:
+            lane.executor.close()
             lane.workers.close()
         if self._workers is not None:
             self._workers.close()
@@ -497,7 +498,6 @@ class Pipeline:
         finish_share = record.finish_s / seconds if seconds and ends.target == "file" else 0.0
         ceilings = {name: comparable(self.ceilings[name], ends) for name in record.hardware if name in self.ceilings}
         lanes = [lane for lane in self._lanes if lane.device.name in record.hardware]
-        rings = [ring for lane in lanes for ring in (lane.executor.ring_in, lane.executor.ring_out)]
         bytes_in = rows * layer.in_features * layer.dtype.itemsize
         bytes_out = rows * layer.out_features * self.out_dtype.itemsize
         flop = 2 * rows * layer.in_features * layer.out_features
@@ -526,7 +526,7 @@ class Pipeline:
             piece_bytes=self.staging.piece_bytes,
             ring_pieces=self.staging.ring_pieces,
             staging_origin=self.staging.origin,
-            pinned_bytes=sum(ring.allocated_bytes for ring in rings) + sum(buffer.nbytes for buffer in self._gather),
+            pinned_bytes=sum(lane.executor.pinned_bytes for lane in lanes) + sum(each.nbytes for each in self._gather),
             source=source.kind,
         )
 

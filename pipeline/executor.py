@@ -7,6 +7,9 @@ piece is the part of a chunk that fits one buffer of a pinned ring. Where the ca
 engines as it is, the fill or the drain vanishes and the whole chunk is one copy; where it is the device's own (CUDA
 tensors; for the CPU any contiguous rows), the H2D or the D2H vanishes too.
 
+Where device and copy workers allow it, code in C moves the pieces (pipeline/io/lanes.py): the loop then gives it whole
+chunks, and sees fill and H2D, or D2H and drain, as one operation. Elsewhere the loop moves each piece itself.
+
 Every lane is a queue in the order in which its operations were started, and each pass of the loop looks at the heads
 only. A buffer goes back to its ring or its slot to the free list when, and only when, the operation that last used it
 says that it is done. The number of slots and pieces bounds the memory, whatever the dataset's size.
@@ -26,6 +29,8 @@ from pipeline.devices.base import Device, DeviceRows, Operation, Workers
 from pipeline.errors import DeviceError, uninterrupted
 from pipeline.instrument import Ranges, Recorder
 from pipeline.io.jobs import Job
+from pipeline.io.lanes import Lanes, Transfer
+from pipeline.io.native import NativeWorkers
 from pipeline.io.rows import Chunk, Feed, Sink, SourceRows, TargetRows
 from pipeline.io.staging import Ring
 
@@ -66,7 +71,7 @@ class _Step:
     """One operation of a flight in a lane, with the rows [first, first + rows) of its chunk and the piece it uses."""
 
     flight: _Flight
-    operation: Operation
+    operation: Operation | Transfer
     first: int
     rows: int
     piece: int | None = None
@@ -101,16 +106,43 @@ class Executor:
 
     def _stage(self, workers: Workers, staging: Staging) -> None:
         self.workers, self.staging = workers, staging
-        layer, poison, size, pieces = self._layer, self.device.poison, staging.piece_bytes, staging.ring_pieces
-        self.ring_in = Ring(self._pinned, pieces, size, layer.in_features, layer.dtype, poison=poison)
-        self.ring_out = Ring(self._pinned, pieces, size, layer.out_features, self._out_dtype, poison=poison)
+        self.ring_in, self.ring_out = self._rings()
+        self._lanes_rings = self._rings()
+        self._lanes: Lanes | None = None
+
+    def _rings(self) -> tuple[Ring, Ring]:
+        def ring(features: int, dtype: DType) -> Ring:
+            pieces, size = self.staging.ring_pieces, self.staging.piece_bytes
+            return Ring(self._pinned, pieces, size, features, dtype, poison=self.device.poison)
+
+        return ring(self._layer.in_features, self._layer.dtype), ring(self._layer.out_features, self._out_dtype)
+
+    def _lanes_in_c(self) -> Lanes | None:
+        """What moves pieces in C, from its first use on; None where the loop has to."""
+        if self._lanes is None and isinstance(self.workers, NativeWorkers):
+            copies = self.device.native_copies()
+            if copies is not None:
+                self._lanes = Lanes(self.workers, copies, *self._lanes_rings)
+        return self._lanes
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Of all the rings."""
+        return sum(ring.allocated_bytes for ring in (self.ring_in, self.ring_out, *self._lanes_rings))
 
     def restage(self, workers: Workers, staging: Staging) -> None:
         """Stage the next runs' rows with other workers and rings. Between runs only; frees the old rings' memory."""
-        old = self.ring_in, self.ring_out
+        self.close()
+        old = self.ring_in, self.ring_out, *self._lanes_rings
         self._stage(workers, staging)
         for ring in old:
             ring.free(self.device.free_pinned)
+
+    def close(self) -> None:
+        """End the thread that moves pieces. Before workers and device are closed; between runs only."""
+        if self._lanes is not None:
+            self._lanes.close()
+            self._lanes = None
 
     def run(
         self,
@@ -135,6 +167,7 @@ class Executor:
         self._admitted = 0
         self._filling, self._uploading, self._running = Lane(), Lane(), Lane()
         self._downloading, self._draining = Lane(), Lane()
+        self._loading, self._storing = Lane(), Lane()  # whole chunks through the lanes in C
         self._free_slots = deque(range(self._num_streams))
         self._unfinished = True
         try:
@@ -157,9 +190,11 @@ class Executor:
 
     def _step(self) -> bool:
         """Move everything that can move, the last lane first so that buffers come free. False if nothing moved."""
-        moved = self._finish_drains()
+        moved = self._finish_stores()
+        moved |= self._finish_drains()
         moved |= self._finish_downloads()
         moved |= self._finish_kernels()
+        moved |= self._finish_loads()
         moved |= self._finish_uploads()
         moved |= self._finish_fills()
         moved |= self._start_downloads()
@@ -208,12 +243,14 @@ class Executor:
         return self.device.own_rows(rows.array) or rows
 
     def _start_fills(self) -> bool:
-        """Let workers copy the next rows of the oldest unfilled chunk into free pieces."""
+        """Let workers copy the next rows of the oldest unfilled chunk into free pieces, or all of them go by C."""
         moved = False
         for flight in self._flights:
             source, ring = flight.source, self.ring_in
             if flight.failed or isinstance(source, DeviceRows):
                 continue
+            if flight.fill_started == 0 and self._load(flight, source):
+                moved = True
             while flight.fill_started < flight.chunk.rows and ring.available:
                 first = flight.fill_started
                 rows = min(ring.piece_rows, flight.chunk.rows - first)
@@ -223,6 +260,28 @@ class Executor:
                 moved = True
             if not ring.available:
                 break
+        return moved
+
+    def _load(self, flight: _Flight, source: SourceRows) -> bool:
+        """Give a chunk's way to the device to the lanes in C. False where they can't move it."""
+        lanes, chunk = self._lanes_in_c(), flight.chunk
+        transfer = None if lanes is None else lanes.load(source, chunk.rows, flight.slot, chunk.index)
+        if transfer is None:
+            return False
+        self._queue(self._loading, flight, transfer, 0, chunk.rows, None)
+        flight.fill_started = chunk.rows
+        return True
+
+    def _finish_loads(self) -> bool:
+        moved = False
+        for step in self._finished(self._loading, "H2D", self._in_row_bytes, host_stage="fill"):
+            moved = True
+            flight = step.flight
+            flight.uploaded = flight.upload_done = step.rows
+            if flight.chunk.release is not None:
+                flight.chunk.release()
+            if not flight.failed:
+                self._compute(flight)
         return moved
 
     def _finish_fills(self) -> bool:
@@ -278,18 +337,18 @@ class Executor:
         return moved
 
     def _start_downloads(self) -> bool:
-        """Queue D2H copies: into free pieces, or of a whole chunk in place.
-
-        Behind a kernel that still runs only where nothing else is queued for that copy engine, so that few of them wait
-        for an event. NOTE: D2H copies follow each other after 15 us all the same, H2D copies after 3 to 8 (nsys, H100).
-        """
+        """Queue D2H copies: into free pieces, or of a whole chunk in place; or let the lanes in C have the chunk."""
         moved = False
         for flight in self._flights:
             target = flight.target
-            if not flight.kernel_queued or (self._downloading and not flight.kernel_done):
+            if not flight.kernel_queued:
                 break  # rows leave in the order in which they came
             if flight.failed or isinstance(target, DeviceRows):
                 continue
+            if flight.in_place_target is None and flight.download_started == 0 and self._lanes_in_c() is not None:
+                if not flight.kernel_done:  # the lanes know nothing of kernels
+                    break
+                moved |= self._store(flight, target)
             while flight.download_started < flight.chunk.rows:
                 first, piece = flight.download_started, None
                 if flight.in_place_target is not None:
@@ -304,6 +363,23 @@ class Executor:
                 self._queue(self._downloading, flight, operation, first, rows, piece)
                 flight.download_started += rows
                 moved = True
+        return moved
+
+    def _store(self, flight: _Flight, target: TargetRows) -> bool:
+        """Give a chunk's way from the device to the lanes in C. False where they can't move it."""
+        lanes, chunk = self._lanes_in_c(), flight.chunk
+        transfer = None if lanes is None else lanes.store(target, chunk.rows, flight.slot, chunk.index)
+        if transfer is None:
+            return False
+        self._queue(self._storing, flight, transfer, 0, chunk.rows, None)
+        flight.download_started = chunk.rows
+        return True
+
+    def _finish_stores(self) -> bool:
+        moved = False
+        for step in self._finished(self._storing, "D2H", self._out_row_bytes, host_stage="drain"):
+            moved = True
+            self._land(step)
         return moved
 
     def _finish_downloads(self) -> bool:
@@ -360,26 +436,30 @@ class Executor:
             raise
 
     def _queue(
-        self, lane: Lane, flight: _Flight, operation: Operation, first: int, rows: int, piece: int | None
+        self, lane: Lane, flight: _Flight, operation: Operation | Transfer, first: int, rows: int, piece: int | None
     ) -> None:
         flight.pending += 1
         lane.append(_Step(flight, operation, first, rows, piece))
 
-    def _finished(self, lane: Lane, stage: str, row_bytes: int) -> Iterator[_Step]:
-        """Take the operations that are done from the head of a lane, oldest first."""
+    def _finished(self, lane: Lane, stage: str, row_bytes: int, host_stage: str | None = None) -> Iterator[_Step]:
+        """Take the operations that are done from the head of a lane, oldest first. `host_stage` is the other half of
+        transfers, what copy workers do."""
         while lane:
             step = lane[0]
             try:
                 if not step.operation.done():
                     return
-                self._record(stage, step.flight.chunk, *step.operation.times(), step.rows * row_bytes)
+                if isinstance(step.operation, Transfer):
+                    self._record_pieces(step, stage, host_stage or stage, row_bytes)
+                else:
+                    self._record(stage, step.flight.chunk, *step.operation.times(), step.rows * row_bytes)
             except DeviceError as error:
                 if stage in ("H2D", "kernel", "D2H"):
                     _noted(error, stage, step.flight.chunk)
                     raise
                 self._fail(error, stage, step.flight)
             except Exception as error:
-                self._fail(error, stage, step.flight)
+                self._fail(error, host_stage or stage, step.flight)
             if step.range is not None:
                 self._ranges.end(step.range)
             lane.popleft()
@@ -389,6 +469,13 @@ class Executor:
 
     def _record(self, stage: str, chunk: Chunk, start_s: float, end_s: float, n_bytes: int) -> None:
         self._recorder.add(stage, chunk.index, start_s, end_s, n_bytes)
+
+    def _record_pieces(self, step: _Step, device_stage: str, host_stage: str, row_bytes: int) -> None:
+        assert isinstance(step.operation, Transfer)
+        for span in step.operation.spans():
+            n_bytes = span.rows * row_bytes
+            self._record(host_stage, step.flight.chunk, span.host_start_s, span.host_end_s, n_bytes)
+            self._record(device_stage, step.flight.chunk, span.device_start_s, span.device_end_s, n_bytes)
 
     def _give_back(self, ring: Ring, step: _Step) -> None:
         if step.piece is not None:
@@ -413,6 +500,8 @@ class Executor:
 
     def _abandon(self) -> None:
         """After a hard error: wait until nothing uses the buffers any more, then take them all back."""
+        if self._lanes is not None:
+            self._lanes.cancel()
         try:
             self.device.synchronize()
         except DeviceError:
@@ -425,7 +514,8 @@ class Executor:
                     step.range = None
         self.ring_in.give_back_all()
         self.ring_out.give_back_all()
-        for queue in (self._flights, self._filling, self._uploading, self._running, self._downloading, self._draining):
+        lanes = (self._filling, self._loading, self._uploading, self._running)
+        for queue in (self._flights, *lanes, self._downloading, self._storing, self._draining):
             queue.clear()
         self._unfinished = False
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -217,13 +218,14 @@ class Copies:
             source, target = ends(place)
             feed = _TimedFeed(source, self._chunks_read, device.now, self._trial_s)
             done_s = [device.now()]
-            executor.run(
-                feed,
-                _ScratchSink(target),
-                Recorder(device.name, 0),
-                lambda _: done_s.append(device.now()),
-                threading.Event(),
-            )
+            with closing(executor):
+                executor.run(
+                    feed,
+                    _ScratchSink(target),
+                    Recorder(device.name, 0),
+                    lambda _: done_s.append(device.now()),
+                    threading.Event(),
+                )
             inside = [moment for moment in done_s if moment <= feed.ended_s]  # afterwards the lanes run empty
             first = len(inside) // 3  # until then they were filling
             return (len(inside) - 1 - first) * _CHUNK_BYTES / (inside[-1] - inside[first]), feed.taken

@@ -359,37 +359,6 @@ def test_executor_uses_rows_in_device_memory_without_copies(side: str, monkeypat
         assert len(sink.committed) == totals["kernel"].count == -(-case.rows // case.chunk_rows)
 
 
-class OrderedDownloads(WatchedSim):
-    """Counts the D2H copies that were queued while the chunk's kernel still ran, and checks what else was queued."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.behind_kernels = 0
-        self._latest_kernel: dict[int, Operation] = {}  # of each slot
-        self._latest_download: Operation | None = None
-
-    def compute(self, slot: int, *arguments: Any) -> Operation:
-        self._latest_kernel[slot] = super().compute(slot, *arguments)
-        return self._latest_kernel[slot]
-
-    def download(self, slot: int, first: int, rows: HostArray) -> Operation:
-        if not self._latest_kernel[slot].done():
-            self.behind_kernels += 1
-            before = self._latest_download
-            assert before is None or before.done(), "a copy waits for a kernel, another for that copy"
-        self._latest_download = super().download(slot, first, rows)
-        return self._latest_download
-
-
-def test_executor_queues_downloads_behind_running_kernels_only_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(3, source="pinned", sink="pinned", many_chunks=True)
-    case.wire, case.num_streams = FLOAT32, 5
-    case.hardware = Hardware(flop_rate=1e6, copy_rate=1e12)
-    schedule = Schedule(case, monkeypatch, OrderedDownloads)
-    schedule.run()
-    assert isinstance(schedule.device, OrderedDownloads) and schedule.device.behind_kernels > 3
-
-
 def test_executor_same_seed_gives_the_same_events(monkeypatch: pytest.MonkeyPatch) -> None:
     def events() -> list[Any]:
         schedule = Schedule(Case(5, source="gather", many_chunks=True), monkeypatch)
@@ -459,7 +428,7 @@ def piece_back_when_upload_is_queued(monkeypatch: pytest.MonkeyPatch, schedule: 
 
 def piece_back_unpoisoned_when_upload_is_queued(monkeypatch: pytest.MonkeyPatch, schedule: Schedule) -> None:
     """The same without poison: only the next fill of the piece shows it."""
-    schedule.executor.ring_in._poison = False
+    schedule.executor.ring_in.poison = False
     piece_back_when_upload_is_queued(monkeypatch, schedule)
 
 

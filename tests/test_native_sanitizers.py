@@ -1,4 +1,4 @@
-"""The native copy workers under the sanitizers: tests/native/host_copy_stress.c, compiled with each and run."""
+"""The native code under the sanitizers: stress programs of tests/native/, compiled with each and run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 
 import pytest
 
-STRESS = Path(__file__).resolve().parent / "native" / "host_copy_stress.c"
+NATIVE = Path(__file__).resolve().parent / "native"
 
 
 @pytest.mark.timeout(400)  # threads that spin, checked access by access, beside other tests: on 2 cores minutes
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_native_copies_are_clean_under(sanitizers: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", ["host_copy_stress", "host_lanes_stress"])
+def test_native_code_is_clean_under(program: str, sanitizers: str, tmp_path: Path) -> None:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
-    program = tmp_path / "stress"
+    built = tmp_path / program
     options = ["-std=c11", "-O1", "-g", "-pthread", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all"]
     warnings = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
-    subprocess.run([compiler, *options, *warnings, "-o", str(program), str(STRESS)], check=True)
-    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=380)
+    subprocess.run([compiler, *options, *warnings, "-o", str(built), str(NATIVE / f"{program}.c")], check=True)
+    done = subprocess.run([str(built)], capture_output=True, text=True, timeout=380)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr

@@ -66,6 +66,26 @@ class DeviceRows:
         return DeviceRows(self.ordinal, self.address + first * self.stride * itemsize, self.stride, rows, self.owner)
 
 
+@dataclass(frozen=True)
+class NativeCopies:
+    """What code in C needs to copy between pinned memory and a device's slots (csrc/host_lanes.c).
+
+    `functions` are the addresses of the CUDA driver's cuCtxSetCurrent, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync,
+    cuEventRecord and cuEventQuery; then there are handles of a context and of streams. `new_event` makes an event that
+    lives until the device is closed, `input` and `output` give the addresses of a slot's buffers, whose rows follow one
+    another, and `error` the exception for an operation that ended with a CUresult.
+    """
+
+    functions: tuple[int, ...]
+    context: int
+    in_stream: int
+    out_stream: int
+    new_event: Callable[[], int]
+    input: Callable[[int], int]
+    output: Callable[[int], int]
+    error: Callable[[str, int], Exception]
+
+
 class Device(ABC):
     """One place where chunks are computed. See the module's docstring for the rules of ordering."""
 
@@ -129,6 +149,10 @@ class Device(ABC):
     @abstractmethod
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
         """Queue a copy from the slot's output buffer, starting at row `first` of the chunk, to contiguous host rows."""
+
+    def native_copies(self) -> NativeCopies | None:
+        """What C copies to and from the allocated slots with, or None where only `upload` and `download` can."""
+        return None
 
     def order_after(self, tensor: Any) -> None:
         """Let all later operations wait for what the caller has queued on the tensor's stream so far."""

@@ -23,7 +23,7 @@ import numpy as np
 
 from pipeline.arrays import HostArray, address_of
 from pipeline.config import GIB, DType
-from pipeline.devices.base import Device, DeviceRows, Operation
+from pipeline.devices.base import Device, DeviceRows, NativeCopies, Operation
 from pipeline.errors import DeviceError, DeviceMemoryError
 from pipeline.forward import ALIGNMENT_BYTES
 from pipeline.kernels.driver import call, call_error, check_not_forked, count_gpus, driver
@@ -34,6 +34,8 @@ from pipeline.layer import FusedLinear
 
 __all__ = ["CudaDevice", "count_gpus"]
 
+_DRIVER_API = 12000  # the version of the driver's functions that csrc/host_lanes.c calls, which are:
+_FOR_C = ("cuCtxSetCurrent", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuEventRecord", "cuEventQuery")
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # linux/prctl.h
 # NOTE: times mix two clocks, starts of the host's and ends of the GPU's. Clocks differ by some 1e-5 (not measured
 # here): by 3 us after this long.
@@ -203,6 +205,7 @@ class CudaDevice(Device):
         self._x_splits: list[SplitRows] = []
         self._latest: dict[str | int, _CudaOperation] = {}  # of each engine and of each slot
         self._kernel_streams: list[Any] = []  # of each slot
+        self._plain_events: list[Any] = []
         with self._current():
             self._control, self._h2d, self._d2h = (self._new_stream() for _ in range(3))
             self._events = _EventPool(self._control)
@@ -392,6 +395,26 @@ class CudaDevice(Device):
         copy = functools.partial(call, "cuMemcpyDtoHAsync", target, source, rows.nbytes, self._d2h)
         return self._queue(slot, "D2H copy", self._d2h, copy)
 
+    def native_copies(self) -> NativeCopies | None:
+        if self._pitch_bytes != self._in_row_bytes:  # rows that no single copy can move
+            return None
+        return NativeCopies(
+            functions=tuple(map(_function, _FOR_C)),
+            context=int(self._launcher.context),
+            in_stream=int(self._h2d),
+            out_stream=int(self._d2h),
+            new_event=self._new_plain_event,
+            input=self._inputs.__getitem__,
+            output=self._outputs.__getitem__,
+            error=lambda what, code: call_error(what, driver().CUresult(code)),
+        )
+
+    @_on_this_gpu
+    def _new_plain_event(self) -> int:
+        """An event without a time, which lives as long as the device."""
+        self._plain_events.append(call("cuEventCreate", driver().CUevent_flags.CU_EVENT_DISABLE_TIMING))
+        return int(self._plain_events[-1])
+
     def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
         probe = _CopiesOnly(self.ordinal, row_bytes)
         try:
@@ -442,13 +465,15 @@ class CudaDevice(Device):
             api.cuStreamSynchronize(stream)
             api.cuStreamDestroy(stream)
         self._events.close()
+        for event in self._plain_events:
+            api.cuEventDestroy(event)
         for address in self._weights + self._buffers:
             api.cuMemFree(address)
         for address in self._pinned:
             api.cuMemFreeHost(address)
         self._control = None
         self._kernel_streams, self._weights, self._buffers, self._pinned = [], [], [], []
-        self._inputs, self._outputs, self._x_splits = [], [], []
+        self._inputs, self._outputs, self._x_splits, self._plain_events = [], [], [], []
 
 
 class _CopiesOnly(CudaDevice):
@@ -487,6 +512,13 @@ def _prctl() -> Any:
     prctl = ctypes.CDLL(None).prctl
     prctl.argtypes = (ctypes.c_int, *4 * (ctypes.c_ulong,))
     return prctl
+
+
+@functools.cache
+def _function(name: str) -> int:
+    """The address of a function of the driver's."""
+    address, _ = call("cuGetProcAddress", name.encode(), _DRIVER_API, 0)
+    return int(address)
 
 
 def is_pinned(address: int) -> bool:

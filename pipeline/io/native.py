@@ -26,11 +26,12 @@ _CASTS: dict[Cast | None, int] = {
     Cast(BFLOAT16, FLOAT32): 3,
     Cast(FLOAT16, FLOAT32): 4,
 }
+_SOURCES = ("host_copy.c", "host_lanes.c", "host_copy.h", "host_move.h")
 INSTRUCTIONS = {"best": 0, "AVX2": 1, "portable": 2}  # at most these
 
 
-class _Request(ctypes.Structure):
-    """The same fields as in csrc/host_copy.c."""
+class Request(ctypes.Structure):
+    """The same fields as in csrc/host_copy.h."""
 
     _fields_ = (
         ("kind", ctypes.c_int32),
@@ -49,7 +50,7 @@ class _Request(ctypes.Structure):
 
 
 class _Result(ctypes.Structure):
-    """The same fields as in csrc/host_copy.c."""
+    """The same fields as in csrc/host_copy.h."""
 
     _fields_ = (
         ("start_ns", ctypes.c_int64),
@@ -67,8 +68,7 @@ def _library() -> tuple[Any, str]:
     if not built:
         return None, "not built: no C compiler when the package was installed"
     sources = next((folder for folder in (package / "csrc", package.parent / "csrc") if folder.is_dir()), package)
-    files = [sources / name for name in ("host_copy.c", "host_move.h")]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    digest = hashlib.sha256(b"".join((sources / name).read_bytes() for name in _SOURCES)).hexdigest()[:16]
     reason = ""
     for path in built:
         try:
@@ -80,16 +80,23 @@ def _library() -> tuple[Any, str]:
         if library.host_copy_source() == digest.encode():
             pointer = ctypes.c_void_p
             for name, result, *arguments in (
-                ("open", pointer, ctypes.c_int, ctypes.c_int),
-                ("close", None, pointer),
-                ("isa", ctypes.c_char_p, pointer),
-                ("job_bytes", ctypes.c_size_t),
-                ("submit", ctypes.c_int, pointer, pointer, ctypes.POINTER(_Request)),
-                ("done", ctypes.c_int, pointer, ctypes.POINTER(_Result)),
-                ("wait", None, pointer, pointer),
-                ("pending", ctypes.c_int, pointer),
+                ("host_copy_open", pointer, ctypes.c_int, ctypes.c_int),
+                ("host_copy_close", None, pointer),
+                ("host_copy_isa", ctypes.c_char_p, pointer),
+                ("host_copy_job_bytes", ctypes.c_size_t),
+                ("host_copy_submit", ctypes.c_int, pointer, pointer, pointer),
+                ("host_copy_done", ctypes.c_int, pointer, pointer),
+                ("host_copy_wait", None, pointer, pointer),
+                ("host_copy_pending", ctypes.c_int, pointer),
+                ("host_lanes_open", pointer, pointer, pointer, ctypes.c_int),
+                ("host_lanes_use", ctypes.c_int, pointer, ctypes.c_int, pointer),
+                ("host_lanes_transfer_bytes", ctypes.c_size_t),
+                ("host_lanes_submit", None, pointer, pointer, pointer),
+                ("host_lanes_done", ctypes.c_int, pointer, pointer),
+                ("host_lanes_cancel", None, pointer),
+                ("host_lanes_close", None, pointer),
             ):
-                function = getattr(library, f"host_copy_{name}")
+                function = getattr(library, name)
                 function.restype, function.argtypes = result, arguments
             return library, ""
         reason = "built from other sources: install the package again"
@@ -163,7 +170,7 @@ class NativeWorkers:
             return self._threads.submit(work)
         return self._submit(work, request)
 
-    def _submit(self, work: Job, request: _Request) -> _NativeJob:
+    def _submit(self, work: Job, request: Request) -> _NativeJob:
         job = _NativeJob(self, work)
         self._jobs.add(job)
         code = self.library.host_copy_submit(self.pool, job.memory, ctypes.byref(request))
@@ -206,7 +213,7 @@ def _close_pool(library: Any, pool: int, pid: int) -> None:
         library.host_copy_close(pool)
 
 
-def _request(work: Job) -> _Request | None:
+def _request(work: Job) -> Request | None:
     """What the native pool is asked for, or None where it can't do the job."""
     if not isinstance(work, (CopyJob, ReadJob, WriteJob)) or work.cast not in _CASTS:
         return None
@@ -215,7 +222,7 @@ def _request(work: Job) -> _Request | None:
         source, target = work.source, work.target
         if not (_is_plain(source) and _is_plain(target)) or (cast == 0 and source.dtype != target.dtype):
             return None
-        return _Request(
+        return Request(
             kind=_COPY,
             cast=cast,
             streaming=work.streaming,
@@ -231,11 +238,25 @@ def _request(work: Job) -> _Request | None:
         return None
     rows = work.target if isinstance(work, ReadJob) else work.source
     length = rows.nbytes if cast == 0 else rows.size
-    request = _Request(cast=cast, fd=work.fd, rows=1, length=length, offset=work.position)
+    request = Request(cast=cast, fd=work.fd, rows=1, length=length, offset=work.position)
     if isinstance(work, ReadJob):
         request.kind, request.target = _READ_FILE, address_of(rows)
     else:
         request.kind, request.source = _WRITE_FILE, address_of(rows)
+    return request
+
+
+def chunk_request(job: Job, rows: int) -> Request | None:
+    """The same for a job of `rows` whole rows of which parts will be done: rows of files are told apart as well."""
+    request = _request(job)
+    if request is None or request.kind == _COPY:
+        return request
+    assert isinstance(job, (ReadJob, WriteJob))
+    request.rows, request.length = rows, request.length // rows
+    if isinstance(job, ReadJob):
+        request.source_stride = request.length * (job.cast.source.itemsize if job.cast else 1)
+    else:
+        request.target_stride = request.length * (job.cast.target.itemsize if job.cast else 1)
     return request
 
 

@@ -30,12 +30,12 @@ class Ring:
     ) -> None:
         self.row_bytes = features * dtype.itemsize
         self.piece_rows = max(1, piece_bytes // self.row_bytes)
-        self.pieces = pieces
-        self._allocate, self._features, self._dtype = allocate, features, dtype
+        self.pieces, self.features = pieces, features
+        self._allocate, self.dtype = allocate, dtype
         self._memory: list[HostArray] = []
         self._pieces: list[HostArray] = []  # the same as rows
         self._free: deque[int] = deque(range(pieces))
-        self._poison = poison or debug()
+        self.poison = poison or debug()
 
     @property
     def allocated_bytes(self) -> int:
@@ -50,9 +50,15 @@ class Ring:
         while len(self._pieces) < self.pieces:  # none is lost where an allocation fails or is interrupted
             if len(self._memory) == len(self._pieces):
                 self._memory.append(self._allocate(self.piece_rows * self.row_bytes))
-            rows = self._memory[len(self._pieces)].view(self._dtype.carrier)
-            self._pieces.append(rows.reshape((self.piece_rows, self._features)))
+            rows = self._memory[len(self._pieces)].view(self.dtype.carrier)
+            self._pieces.append(rows.reshape((self.piece_rows, self.features)))
         return self._free.popleft()
+
+    def take_all(self) -> list[HostArray]:
+        """The memory of all pieces, none of which is free then."""
+        while self.available:
+            self.take()
+        return self._memory
 
     def rows(self, piece: int, rows: int) -> HostArray:
         """The piece's first `rows` rows as an array (rows, features) in the carrier type."""
@@ -60,7 +66,7 @@ class Ring:
         return whole if rows == self.piece_rows else whole[:rows]
 
     def give_back(self, piece: int) -> None:
-        if self._poison:
+        if self.poison:
             self._memory[piece][:] = 0xFF
         self._free.append(piece)
 

@@ -1,0 +1,62 @@
+// The copy workers' interface: see host_copy.c. pipeline/io/native.py has the twins of both structures.
+
+#pragma once
+
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+enum { COPY, READ_FILE, WRITE_FILE, kNumKinds };
+enum { NO_CAST, FP32_TO_BF16, FP32_TO_FP16, BF16_TO_FP32, FP16_TO_FP32, kNumCasts };
+
+// `rows` rows of `length` elements (with a cast) or bytes (without), `*_stride` bytes from one row to the next. What
+// is read from a file or written to one is one row: READ_FILE takes the file for the source, WRITE_FILE for the target,
+// both from byte `offset` on.
+typedef struct {
+  int32_t kind, cast, streaming, fresh, fd;
+  void* target;
+  const void* source;
+  int64_t target_stride, source_stride;
+  int64_t rows, length;
+  int64_t offset;
+} host_copy_request;
+
+// Times are CLOCK_MONOTONIC. `error` is an errno, or -1 for a file that ended before its last byte at `position`.
+typedef struct {
+  int64_t start_ns, end_ns;
+  int64_t position;
+  int32_t error;
+} host_copy_result;
+
+typedef struct pool pool;
+typedef struct job job;
+
+pool* host_copy_open(int workers, int isa);
+size_t host_copy_job_bytes(void);
+int host_copy_submit(pool* p, job* j, const host_copy_request* request);
+int host_copy_done(job* j, host_copy_result* result);
+void host_copy_wait(pool* p, job* j);
+int host_copy_pending(pool* p);
+void host_copy_close(pool* p);
+const char* host_copy_isa(const pool* p);
+const char* host_copy_source(void);
+
+static inline int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+// In a loop that waits actively.
+static inline void relax(void) {
+#if defined(__x86_64__)
+  _mm_pause();
+#else
+  atomic_signal_fence(memory_order_seq_cst);
+#endif
+}

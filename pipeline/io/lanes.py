@@ -1,0 +1,221 @@
+"""Staging lanes in C (csrc/host_lanes.c): chunks between the host's rows and a device's slots, through pinned pieces.
+
+The executor gives whole chunks and hears when they are through. What happens to their pieces, hundreds of microseconds
+each, happens in C: Python takes about a hundred to notice that a copy is done and to queue the next one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import weakref
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.arrays import HostArray, address_of
+from pipeline.devices.base import NativeCopies
+from pipeline.errors import PipelineError
+from pipeline.instrument import Ranges
+from pipeline.io.jobs import Job
+from pipeline.io.native import NativeWorkers, Request, chunk_request
+from pipeline.io.rows import SourceRows, TargetRows
+from pipeline.io.staging import Ring
+
+_MARKED = ("fill", "H2D", "D2H", "drain")  # by the numbers of csrc/host_lanes.c
+_MARK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+# The same fields as in csrc/host_lanes.c.
+class _Device(ctypes.Structure):
+    _fields_ = (
+        ("context", ctypes.c_void_p),
+        ("in_stream", ctypes.c_void_p),
+        ("out_stream", ctypes.c_void_p),
+        ("set_context", ctypes.c_void_p),
+        ("copy_in", ctypes.c_void_p),
+        ("copy_out", ctypes.c_void_p),
+        ("record", ctypes.c_void_p),
+        ("query", ctypes.c_void_p),
+        ("mark", _MARK),
+    )
+
+
+class _Ring(ctypes.Structure):
+    _fields_ = (
+        ("count", ctypes.c_int64),
+        ("bytes", ctypes.c_int64),
+        ("memory", ctypes.POINTER(ctypes.c_void_p)),
+        ("events", ctypes.POINTER(ctypes.c_void_p)),
+    )
+
+
+class _TransferRequest(ctypes.Structure):
+    _fields_ = (
+        ("host", Request),
+        ("device", ctypes.c_uint64),
+        ("row_bytes", ctypes.c_int64),
+        ("piece_rows", ctypes.c_int64),
+        ("chunk", ctypes.c_int64),
+        ("spans", ctypes.c_void_p),
+        ("out", ctypes.c_int32),
+    )
+
+
+class _TransferResult(ctypes.Structure):
+    _fields_ = (
+        ("position", ctypes.c_int64),
+        ("error", ctypes.c_int32),
+        ("device_error", ctypes.c_int32),
+        ("cancelled", ctypes.c_int32),
+    )
+
+
+class Span(NamedTuple):
+    """A piece's two copies, in seconds of time.perf_counter, and its rows."""
+
+    host_start_s: float
+    host_end_s: float
+    device_start_s: float
+    device_end_s: float
+    rows: int
+
+
+class Transfer:
+    """A chunk on its way through a lane. An interrupt may come between any two of its steps."""
+
+    def __init__(self, lanes: Lanes, job: Job, rows: int, piece_rows: int, what: str) -> None:
+        self._lanes, self._job, self._rows, self._piece_rows, self._what = lanes, job, rows, piece_rows, what
+        self.memory = ctypes.create_string_buffer(lanes.transfer_bytes)
+        self.spans_ns = np.zeros((-(-rows // piece_rows), 4), np.int64)
+
+    def done(self) -> bool:
+        """Whether the chunk is through.
+
+        Raises:
+            DeviceError: the device failed. PipelineError: it was cancelled.
+            Exception: what a copy on the host raises, such as OSError for a file.
+        """
+        result = _TransferResult()
+        if not self._lanes.library.host_lanes_done(self.memory, ctypes.byref(result)):
+            return False
+        self._lanes.forget(self)
+        if result.device_error:
+            raise self._lanes.copies.error(self._what, result.device_error)
+        if result.error:
+            job: Any = self._job
+            raise job.failure(result.error, result.position)
+        if result.cancelled:
+            raise PipelineError(f"the {self._what} was cancelled")
+        return True
+
+    def spans(self) -> list[Span]:
+        """When each piece was copied; only once the transfer is done."""
+        left, spans = self._rows, []
+        for host_start_s, host_end_s, start_s, end_s in (self.spans_ns * 1e-9).tolist():
+            spans.append(Span(host_start_s, host_end_s, start_s, end_s, min(left, self._piece_rows)))
+            left -= self._piece_rows
+        return spans
+
+
+class Lanes:
+    """Both lanes of one device: a ring of pinned pieces each, allocated at first use, and a thread."""
+
+    def __init__(self, workers: NativeWorkers, copies: NativeCopies, ring_in: Ring, ring_out: Ring) -> None:
+        """All pieces of both rings are the lanes' until `close`."""
+        self.library, self.copies, self._ring_in, self._ring_out = workers.library, copies, ring_in, ring_out
+        self.transfer_bytes = int(self.library.host_lanes_transfer_bytes())
+        self._transfers: set[Transfer] = set()  # keeps their memory alive until they are done
+        self._in_use: set[Ring] = set()
+        marks = _Marks()
+        mark = _MARK(marks) if marks.ranges.active else _MARK()
+        device = _Device(copies.context, copies.in_stream, copies.out_stream, *copies.functions, mark)
+        self._lanes = self.library.host_lanes_open(workers.pool, ctypes.byref(device), ring_in.poison)
+        if not self._lanes:
+            code = ctypes.get_errno()
+            raise OSError(code, f"can't start the thread of the staging lanes: {os.strerror(code)}")
+        used_until_then = workers, mark
+        self._close = weakref.finalize(self, _close_lanes, self.library, self._lanes, os.getpid(), used_until_then)
+
+    def load(self, source: SourceRows, rows: int, slot: int, chunk: int) -> Transfer | None:
+        """Copy a chunk's rows into the slot's input buffer; None where the copy workers in C can't read them.
+
+        Nothing else may use the buffer until the transfer is done.
+        """
+        job = source.fill(0, _stand_in(self._ring_in, rows))
+        return self._submit(job, rows, self.copies.input(slot), self._ring_in, chunk, f"H2D copy of slot {slot}")
+
+    def store(self, target: TargetRows, rows: int, slot: int, chunk: int) -> Transfer | None:
+        """Copy rows from the slot's output buffer to where they go; None where the workers in C can't write them.
+
+        The kernel that writes the buffer must be done.
+        """
+        job = target.drain(0, _stand_in(self._ring_out, rows))
+        return self._submit(job, rows, self.copies.output(slot), self._ring_out, chunk, f"D2H copy of slot {slot}")
+
+    def _submit(self, job: Job, rows: int, device: int, ring: Ring, chunk: int, what: str) -> Transfer | None:
+        host = chunk_request(job, rows)
+        if host is None:
+            return None
+        if ring not in self._in_use:
+            self._use(ring)
+        transfer = Transfer(self, job, rows, ring.piece_rows, what)
+        spans, out = address_of(transfer.spans_ns), ring is self._ring_out
+        request = _TransferRequest(host, device, ring.row_bytes, ring.piece_rows, chunk, spans, out)
+        self._transfers.add(transfer)
+        self.library.host_lanes_submit(self._lanes, transfer.memory, ctypes.byref(request))
+        return transfer
+
+    def _use(self, ring: Ring) -> None:
+        pieces = ring.take_all()
+        memory = (ctypes.c_void_p * len(pieces))(*(address_of(piece) for piece in pieces))
+        events = (ctypes.c_void_p * len(pieces))(*(self.copies.new_event() for _ in pieces))
+        request = _Ring(len(pieces), pieces[0].nbytes, memory, events)
+        code = self.library.host_lanes_use(self._lanes, ring is self._ring_out, ctypes.byref(request))
+        if code:
+            raise OSError(code, f"can't set up the staging lanes: {os.strerror(code)}")
+        self._in_use.add(ring)
+
+    def forget(self, transfer: Transfer) -> None:
+        self._transfers.discard(transfer)
+
+    def cancel(self) -> None:
+        """Give up all transfers; afterwards nothing is copied to or from a piece any more."""
+        self.library.host_lanes_cancel(self._lanes)
+        self._transfers.clear()
+
+    def close(self) -> None:
+        """End the thread, after which the rings' memory may be freed."""
+        self._close()
+
+
+class _Marks:
+    """Makes the NVTX ranges of the lanes' operations. Called on their thread, which calls the driver in between."""
+
+    def __init__(self) -> None:
+        self.ranges = Ranges()
+        self._begun = dict[tuple[str, int, int], Any]()
+
+    def __call__(self, stage: int, begins: int, chunk: int, piece: int) -> None:
+        name = _MARKED[stage]
+        if name in ("H2D", "D2H"):
+            around_the_call = self.ranges(name, chunk)
+            if begins:
+                around_the_call.__enter__()
+            else:
+                around_the_call.__exit__(None, None, None)
+        elif begins:
+            self._begun[name, chunk, piece] = self.ranges.begin(name, chunk)
+        else:
+            self.ranges.end(self._begun.pop((name, chunk, piece)))
+
+
+def _close_lanes(library: Any, lanes: int, pid: int, used_until_then: Any) -> None:
+    """End the thread; in a forked process there is none."""
+    if os.getpid() == pid:
+        library.host_lanes_close(lanes)
+
+
+def _stand_in(ring: Ring, rows: int) -> HostArray:
+    """An array of a chunk's shape, for jobs whose pieces the lanes choose: all its rows are one."""
+    return np.broadcast_to(np.empty((1, ring.features), ring.dtype.carrier), (rows, ring.features))

@@ -1,0 +1,358 @@
+"""The staging lanes in C, with a CPU for the device and tests/native/fake_driver.c for the CUDA driver."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import nvtx
+import pytest
+from device_tests import DeviceTests, assert_same_bits, poisoned, random_layer, random_rows
+
+import pipeline.devices.cpu
+from pipeline import Pipeline
+from pipeline.arrays import HostArray, address_of
+from pipeline.config import DType, Staging
+from pipeline.devices.base import DeviceRows, NativeCopies
+from pipeline.devices.cpu import CpuDevice
+from pipeline.errors import DriverError, FileFormatError, PipelineError
+from pipeline.instrument import STAGES
+from pipeline.io import native
+from pipeline.io.lanes import Lanes
+from pipeline.io.native import NativeWorkers
+from pipeline.layer import FusedLinear
+from pipeline.trace import read_trace
+
+_FUNCTIONS = ("fake_set_context", "fake_copy_in", "fake_copy_out", "fake_record", "fake_query")
+_REFUSAL, _FAILURE = 0, 1
+
+
+@functools.cache
+def fake_driver() -> Any:
+    """The library, or None where there is no C compiler."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        return None
+    source = Path(__file__).resolve().parent / "native" / "fake_driver.c"
+    built = Path(tempfile.mkdtemp(prefix="pipeline-fake-driver-")) / "fake_driver.so"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-pthread", "-o", str(built), str(source)], check=True)
+    library = ctypes.CDLL(str(built))
+    library.fake_open_stream.argtypes, library.fake_open_stream.restype = [ctypes.c_uint64], ctypes.c_void_p
+    library.fake_close_stream.argtypes = [ctypes.c_void_p]
+    library.fake_new_event.restype = ctypes.c_void_p
+    shutil.rmtree(built.parent)
+    return library
+
+
+class LanesDevice(CpuDevice):
+    """A CPU to whose slots rows are staged, by the lanes in C, unless they are in memory of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pinned: list[tuple[int, int]] = []
+
+    def pinned(self, n_bytes: int) -> HostArray:
+        memory = super().pinned(n_bytes)
+        self._pinned.append((address_of(memory), n_bytes))
+        return memory
+
+    def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
+        super().prepare(layer, out_dtype, chunk_rows)
+        self._fake_streams = [fake_driver().fake_open_stream(seed) for seed in (1, 2)]
+
+    def in_place(self, rows: HostArray) -> bool:
+        first = address_of(rows)
+        return any(start <= first and first + rows.nbytes <= start + n_bytes for start, n_bytes in self._pinned)
+
+    def own_rows(self, rows: HostArray) -> DeviceRows | None:
+        return None
+
+    def native_copies(self) -> NativeCopies | None:
+        functions = (getattr(fake_driver(), name) for name in _FUNCTIONS)
+        return NativeCopies(
+            tuple(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in functions),
+            1,
+            *self._fake_streams,
+            new_event=fake_driver().fake_new_event,
+            input=lambda slot: address_of(self._inputs[slot]),
+            output=lambda slot: address_of(self._outputs[slot]),
+            error=lambda what, code: DriverError(f"{what} failed: {code}", str(code)),
+        )
+
+    def close(self) -> None:
+        super().close()
+        for stream in self.__dict__.pop("_fake_streams", []):
+            fake_driver().fake_close_stream(stream)
+
+
+@pytest.fixture(autouse=True)
+def lanes_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The device "cpu" is a LanesDevice, and rings are short: a chunk has more pieces than fit."""
+    if native.workers_kind() != "native" or fake_driver() is None:
+        pytest.skip("no C compiler")
+    monkeypatch.setattr(pipeline.devices.cpu, "CpuDevice", LanesDevice)
+    monkeypatch.setenv("PIPELINE_PIECE_BYTES", "800")
+    monkeypatch.setenv("PIPELINE_RING_PIECES", "3")
+    yield
+    fake_driver().fake_trouble(_REFUSAL, -1)
+    fake_driver().fake_trouble(_FAILURE, -1)
+
+
+class TestLanes(DeviceTests):
+    device_name = "cpu"
+    dtypes = ("float64", "float32", "bfloat16", "float16")
+
+
+def open_pipeline(layer: FusedLinear, **options: Any) -> Pipeline:
+    return Pipeline(layer, devices="cpu", chunk_rows=40, num_streams=3, **options)
+
+
+def rings_used(pipe: Pipeline) -> tuple[bool, bool, bool, bool]:
+    """Whether the loop's own rings were used, and the lanes'."""
+    executor = pipe._lanes[0].executor
+    rings = (executor.ring_in, executor.ring_out, *executor._lanes_rings)
+    loop_in, loop_out, lanes_in, lanes_out = (ring.allocated_bytes > 0 for ring in rings)
+    return loop_in, loop_out, lanes_in, lanes_out
+
+
+@pytest.mark.parametrize("wire", [None, "bf16", "fp16"])
+@pytest.mark.parametrize("columns", ["contiguous", "strided"])
+def test_lanes_move_all_pieces(wire: str | None, columns: str) -> None:
+    layer, x = random_layer(33, 17), random_rows(237, 50)
+    x = np.ascontiguousarray(x[:, :33]) if columns == "contiguous" else x[:, 9:42]
+    y = poisoned((237, 20))[:, 1:18]
+    with open_pipeline(layer, wire_dtype=wire) as pipe:
+        stats = pipe.run(x, y).stats
+        assert rings_used(pipe) == (False, False, True, True)
+        assert stats.pinned_bytes == pipe._lanes[0].executor.pinned_bytes
+    with Pipeline(layer, devices="sim", chunk_rows=40, wire_dtype=wire) as by_the_loop:
+        assert_same_bits(y, by_the_loop.run(x).out)
+    piece_rows = [max(1, 800 // (features * (2 if wire else 4))) for features in (33, 17)]
+    chunks = [40] * 5 + [37]
+    pieces = [sum(-(-rows // each) for rows in chunks) for each in piece_rows]
+    counts = {name: stage.count for name, stage in stats.stages.items()}
+    assert counts == {"fill": pieces[0], "H2D": pieces[0], "kernel": 6, "D2H": pieces[1], "drain": pieces[1]}
+    assert stats.stages["H2D"].bytes == 237 * 33 * (2 if wire else 4) == stats.stages["fill"].bytes
+    assert stats.stages["D2H"].bytes == 237 * 17 * (2 if wire else 4) == stats.stages["drain"].bytes
+
+
+def test_lanes_read_and_write_files(tmp_path: Path) -> None:
+    layer, x = random_layer(24, 31), random_rows(300, 24)
+    np.save(tmp_path / "x.npy", x)
+    with open_pipeline(layer) as pipe:
+        pipe.run(tmp_path / "x.npy", tmp_path / "y.npy")
+        assert_same_bits(np.load(tmp_path / "y.npy"), layer(x))
+        assert rings_used(pipe) == (False, False, True, True)
+
+
+def test_lanes_leave_what_they_cannot_read_to_the_loop(tmp_path: Path) -> None:
+    layer, x = random_layer(24, 31), random_rows(300, 24)
+    np.save(tmp_path / "x.npy", np.asfortranarray(x))
+    with open_pipeline(layer) as pipe:
+        assert_same_bits(pipe.run(tmp_path / "x.npy").out, layer(x))
+        assert rings_used(pipe) == (True, False, False, True)
+        assert_same_bits(pipe.run(x, np.empty((300, 31), "f4", order="F")).out, layer(x))
+        assert rings_used(pipe) == (True, True, True, True)
+
+
+def test_lanes_are_not_used_without_native_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_NATIVE_COPY", "0")
+    layer, x = random_layer(24, 31), random_rows(300, 24)
+    with open_pipeline(layer) as pipe:
+        assert_same_bits(pipe.run(x).out, layer(x))
+        assert rings_used(pipe) == (True, True, False, False)
+
+
+def test_lanes_poison_pieces_in_debug_mode_and_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIPELINE_DEBUG", "1")
+    layer, x = random_layer(24, 31), random_rows(300, 24)
+    with open_pipeline(layer) as pipe:
+        assert_same_bits(pipe.run(x).out, layer(x))
+        for ring in pipe._lanes[0].executor._lanes_rings:
+            assert ring.allocated_bytes and all((memory == 0xFF).all() for memory in ring._memory)
+
+
+def cut_file(path: Path, x: HostArray) -> Callable[[Any], None]:
+    """After the first chunk, a file of which the second half is missing."""
+
+    def cut(progress: Any) -> None:
+        with path.open("r+b") as file:
+            file.truncate(x.nbytes // 2)
+
+    return cut
+
+
+def test_lanes_report_a_file_that_is_cut_and_the_next_run_works(tmp_path: Path) -> None:
+    layer, x = random_layer(24, 31), random_rows(3000, 24)
+    np.save(tmp_path / "x.npy", x)
+    with open_pipeline(layer) as pipe:
+        with pytest.raises(FileFormatError, match=r"x.npy ended at byte \d+") as raised:
+            pipe.run(tmp_path / "x.npy", progress=cut_file(tmp_path / "x.npy", x))
+        assert any("in fill of chunk" in note for note in raised.value.__notes__)
+        assert_same_bits(pipe.run(x).out, layer(x))
+
+
+@pytest.mark.parametrize("how", [_REFUSAL, _FAILURE])
+@pytest.mark.parametrize("copies", [0, 7, 40])
+def test_lanes_report_a_copy_that_fails_on_the_device(how: int, copies: int) -> None:
+    layer, x = random_layer(24, 31), random_rows(1000, 24)
+    with open_pipeline(layer) as pipe:
+        fake_driver().fake_trouble(how, copies)
+        with pytest.raises(DriverError, match=r"(H2D|D2H) copy of slot \d failed: (1|700)") as raised:
+            pipe.run(x)
+        assert any("in H2D of chunk" in note or "in D2H of chunk" in note for note in raised.value.__notes__)
+        if how == _REFUSAL:  # the other error stays, as that of a lost GPU does
+            assert_same_bits(pipe.run(x).out, layer(x))
+
+
+@pytest.mark.parametrize("looks", [1, 2, 5, 20, 60])
+def test_lanes_give_up_when_the_run_is_interrupted(looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = random_layer(24, 31), random_rows(4000, 24)
+    y = poisoned((4000, 31))
+    with open_pipeline(layer) as pipe:
+        left, idle = [looks], LanesDevice.idle
+
+        def interrupted(device: LanesDevice) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            idle(device)
+
+        monkeypatch.setattr(LanesDevice, "idle", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pipe.run(x, y)
+        kept = y.copy()  # nothing writes to the caller's memory any more
+        monkeypatch.undo()
+        lanes = pipe._lanes[0].executor._lanes
+        assert lanes is not None and not lanes._transfers
+        np.testing.assert_array_equal(y, kept)
+        assert_same_bits(pipe.run(x, y).out, layer(x))
+
+
+def test_lanes_transfer_that_was_cancelled_says_so() -> None:
+    layer, x = random_layer(24, 31), random_rows(400, 24)
+    with open_pipeline(layer) as pipe:
+        pipe.run(x)
+        lanes = pipe._lanes[0].executor._lanes
+        assert lanes is not None
+        from pipeline.io.rows import ArrayRows
+
+        transfers = [lanes.load(ArrayRows(x[:40]), 40, slot, slot) for slot in range(3)]
+        lanes.cancel()
+        ended = 0
+        for transfer in transfers:
+            assert transfer is not None
+            try:
+                ended += transfer.done()  # one that had come through before
+            except PipelineError as error:
+                assert "H2D copy of slot" in str(error) and "cancelled" in str(error)
+                ended += 1
+        assert ended == 3
+
+
+def test_lanes_with_other_workers_and_rings_between_runs() -> None:
+    layer, x = random_layer(24, 31), random_rows(400, 24)
+    freed: list[HostArray] = []
+    with open_pipeline(layer) as pipe:
+        executor = pipe._lanes[0].executor
+        pipe.run(x)
+        before = executor.pinned_bytes
+        executor.device.free_pinned = freed.append  # type: ignore[method-assign]
+        workers = NativeWorkers(1)
+        executor.restage(workers, Staging(1600, 2, 1))
+        assert sum(memory.nbytes for memory in freed) == before and executor.pinned_bytes == 0
+        assert_same_bits(pipe.run(x).out, layer(x))
+        assert rings_used(pipe) == (False, False, True, True)
+        executor.close()
+        workers.close()
+
+
+def test_lanes_end_their_thread_when_forgotten() -> None:
+    def lanes_threads() -> int:
+        names = (Path(f"/proc/self/task/{each.name}/comm").read_text() for each in Path("/proc/self/task").iterdir())
+        return sum(name.strip() == "pipeline-lanes" for name in names)
+
+    before = lanes_threads()
+    layer, x = random_layer(24, 31), random_rows(400, 24)
+    pipe = open_pipeline(layer)
+    pipe.run(x)
+    assert lanes_threads() == before + 1
+    lanes = pipe._lanes[0].executor._lanes
+    assert isinstance(lanes, Lanes)
+    pipe.close()
+    assert lanes_threads() == before
+    lanes.close()  # again
+
+
+class _Domain:
+    """Takes the place of nvtx's, and keeps which thread did what."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, int, Any]] = []
+
+    def get_event_attributes(self, message: str, payload: int, **_: Any) -> tuple[str, int]:
+        return message, payload
+
+    def _note(self, what: str, which: Any) -> Any:
+        self.events.append((what, threading.get_native_id(), which))
+        return len(self.events) - 1
+
+    def push_range(self, attributes: tuple[str, int]) -> None:
+        self._note("push", attributes)
+
+    def pop_range(self) -> None:
+        self._note("pop", None)
+
+    def start_range(self, attributes: tuple[str, int]) -> Any:
+        return self._note("start", attributes)
+
+    def end_range(self, begun: int) -> None:
+        self._note("end", begun)
+
+
+def test_lanes_make_the_ranges_of_all_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    domain = _Domain()
+    monkeypatch.setattr(nvtx, "get_domain", lambda name: domain)
+    layer, x = random_layer(24, 31), random_rows(200, 24)
+    with open_pipeline(layer) as pipe:
+        stats = pipe.run(x).stats
+    this_thread = threading.get_native_id()
+    (lanes_thread,) = {thread for _, thread, which in domain.events if thread != this_thread}
+    pushed = [(thread, which) for what, thread, which in domain.events if what == "push"]
+    copies = [which for thread, which in pushed if thread == lanes_thread]
+    assert {name for name, _ in copies} == {"H2D", "D2H"}
+    assert len(copies) == stats.stages["H2D"].count + stats.stages["D2H"].count
+    assert {(name, chunk) for name, chunk in copies} == {(name, n) for name in ("H2D", "D2H") for n in range(5)}
+    on_lanes = [what for what, thread, _ in domain.events if thread == lanes_thread and what in ("push", "pop")]
+    assert on_lanes == ["push", "pop"] * len(copies), "one driver call in each"
+    started = {n: which for n, (what, _, which) in enumerate(domain.events) if what == "start"}
+    ended = [which for what, _, which in domain.events if what == "end"]
+    assert sorted(ended) == sorted(started)
+    names = [name for name, _ in started.values()]
+    assert names.count("fill") == stats.stages["fill"].count and names.count("drain") == stats.stages["drain"].count
+
+
+def test_lanes_in_a_trace(tmp_path: Path) -> None:
+    layer, x = random_layer(24, 31), random_rows(400, 24)
+    with open_pipeline(layer) as pipe:
+        stats = pipe.run(x, trace=tmp_path / "run.json").stats
+    timeline, _ = read_trace(tmp_path / "run.json")
+    intervals = timeline.devices["cpu"]
+    for stage in STAGES:
+        own = [each for each in intervals if each.stage == stage]
+        assert len(own) == stats.stages[stage].count and {each.chunk for each in own} == set(range(10))
+    for chunk in range(10):
+        first, last = (
+            {s: f(i for i in intervals if i.stage == s and i.chunk == chunk) for s in STAGES}
+            for f in (lambda own: min(i.start_s for i in own), lambda own: max(i.end_s for i in own))
+        )
+        assert first["fill"] <= first["H2D"] and last["fill"] <= last["H2D"] <= first["kernel"] + 1e-3
+        assert last["kernel"] <= first["D2H"] + 1e-3 and first["D2H"] <= first["drain"] and last["D2H"] <= last["drain"]
