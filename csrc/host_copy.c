@@ -163,12 +163,15 @@ static int move_file_bytes(job* j, char* memory, int64_t bytes, int64_t position
 
 // Lets the system start to write what has reached the page cache, which by itself it does when a tenth of the memory is
 // waiting or a sync asks for it: so the disk is at work from the beginning. Only a hint: what goes wrong with the data,
-// a sync reports.
-static void start_writing(int fd, int64_t position, int64_t bytes) {
+// a sync reports. It blocks while the disk has enough to do; the job is over before, so that nobody waits for that but
+// the worker. The file may be closed by then.
+static void start_writing(const host_copy_request* r) {
 #ifdef __linux__
-  (void)sync_file_range(fd, position, bytes, SYNC_FILE_RANGE_WRITE);
+  if (r->kind == WRITE_FILE) {
+    (void)sync_file_range(r->fd, r->offset, r->length * target_itemsize(r->cast), SYNC_FILE_RANGE_WRITE);
+  }
 #else
-  (void)fd, (void)position, (void)bytes;
+  (void)r;
 #endif
 }
 
@@ -184,8 +187,7 @@ static void move_file_grain(job* j, int64_t first, int64_t length, char* scratch
   } else {
     char* source = (char*)(uintptr_t)r->source + first * source_size;
     if (r->cast) copy_row(j->owner->isa, r->cast, 0, scratch, source, length);
-    int64_t position = r->offset + first * target_size, bytes = length * target_size;
-    if (move_file_bytes(j, r->cast ? scratch : source, bytes, position)) start_writing(r->fd, position, bytes);
+    move_file_bytes(j, r->cast ? scratch : source, length * target_size, r->offset + first * target_size);
   }
 }
 
@@ -279,7 +281,11 @@ static void* work(void* argument) {
     if (wake) pthread_cond_signal(&p->work);
     if (!j) return NULL;
     run_grain(j, grain, scratch);
-    if (atomic_fetch_sub(&j->left, 1) == 1) end_job(j);
+    if (atomic_fetch_sub(&j->left, 1) == 1) {
+      host_copy_request request = j->request;
+      end_job(j);
+      start_writing(&request);
+    }
   }
 }
 

@@ -6,6 +6,7 @@
 //   host_lanes_use(lanes, out, ring)          the pieces of a lane, once and before its first transfer: 0, or an errno
 //   host_lanes_transfer_bytes()               the memory of a transfer, which belongs to the caller
 //   host_lanes_submit(lanes, transfer, request)  queue a transfer behind those of its lane and return at once
+//   host_lanes_queued(transfer)               in: the event behind its last copy once that is queued, before it NULL
 //   host_lanes_done(transfer, result)         0 while it goes on; else fill in `result` and return 1
 //   host_lanes_cancel(lanes)                  give up all transfers; returns when nothing uses a piece any more
 //   host_lanes_close(lanes)                   the same, and end the thread
@@ -16,8 +17,9 @@
 // and queues what can follow, within a microsecond or two, which from Python takes a hundred.
 //
 // What the device does is called through pointers to the CUDA driver's functions (`host_lanes_device`); nothing of CUDA
-// is linked. Transfers neither wait for kernels nor tell them anything: whoever submits one has seen that the device
-// memory may be read or written, and that it was is known when the transfer is done.
+// is linked. The device memory of a transfer in must be free when it is submitted; one out waits for an event, that of
+// the kernel which writes it. A kernel that reads what comes in may be queued behind the event of `host_lanes_queued`.
+// The ring may have given that to a later piece meanwhile: then the kernel waits for that one, too.
 //
 // Called through ctypes (pipeline/io/lanes.py), which has the twins of the structures.
 
@@ -73,6 +75,7 @@ typedef struct {
   int64_t row_bytes, piece_rows;
   int64_t chunk;           // for `mark`
   host_lanes_span* spans;  // one for each piece
+  void* after;             // an event that has to be over before the first piece is begun, or NULL
   int32_t out;
 } host_lanes_request;
 
@@ -87,6 +90,7 @@ typedef struct transfer {
   host_lanes_result result;
   struct transfer* after;       // in the queue
   int64_t pieces, begun, over;  // `pieces` shrinks to `begun` where something fails
+  atomic_uintptr_t queued;      // an event, or 0
   atomic_int done;
 } transfer;
 
@@ -194,7 +198,11 @@ static void begin_device_copy(host_lanes* s, piece* p) {
   mark(s, r->out ? D2H : H2D, 0, p);
   int recorded = s->device.record(p->event, stream);
   p->asked = !recorded;  // a copy that was queued is waited for, whatever became of it
-  if (error || recorded) fail_on_device(p->of, error ? error : recorded);
+  if (error || recorded) {
+    fail_on_device(p->of, error ? error : recorded);
+  } else if (!r->out && p->number == p->of->pieces - 1) {
+    atomic_store(&p->of->queued, (uintptr_t)p->event);
+  }
 }
 
 static int device_copy_over(host_lanes* s, lane* l, piece* p) {
@@ -227,9 +235,21 @@ static void take_transfer(host_lanes* s, lane* l) {
   l->current = t;
 }
 
+// Whether the transfer has a piece to begin, as far as what it waits for is concerned: 0 not yet, -1 none.
+static int is_ready(host_lanes* s, transfer* t) {
+  if (!t || t->begun == t->pieces) return -1;
+  int state = t->request.after ? s->device.query(t->request.after) : 0;
+  if (state == kNotReady) return 0;
+  t->request.after = NULL;
+  if (!state) return 1;
+  fail_on_device(t, state);
+  return -1;
+}
+
 // The next piece of the lane's transfers, in a free place of the ring; NULL where there is neither.
 static piece* next_piece(host_lanes* s, lane* l) {
-  while (!l->current || l->current->begun == l->current->pieces) {
+  int ready;
+  while ((ready = is_ready(s, l->current)) < 0) {
     transfer* t = l->current;
     l->current = NULL;
     if (t && t->over == t->pieces) end_transfer(t);  // else its last piece does
@@ -237,7 +257,7 @@ static piece* next_piece(host_lanes* s, lane* l) {
     take_transfer(s, l);
     if (!l->current) return NULL;
   }
-  if (l->begun == l->ended + l->count) return NULL;
+  if (!ready || l->begun == l->ended + l->count) return NULL;
   transfer* t = l->current;
   piece* p = piece_at(l, l->begun++);
   p->of = t;
@@ -280,12 +300,8 @@ static int move(host_lanes* s, lane* l) {
   return moved;
 }
 
+// Begins no more pieces; those in the ring go their way.
 static void give_up(host_lanes* s, lane* l) {
-  for (int64_t number = l->ended; number < l->begun; number++) {
-    transfer* t = piece_at(l, number)->of;
-    t->result.cancelled = 1;
-    cut_short(t);
-  }
   for (;;) {
     if (!l->current) take_transfer(s, l);
     transfer* t = l->current;
@@ -420,6 +436,8 @@ void host_lanes_submit(host_lanes* s, transfer* t, const host_lanes_request* req
   if (s->sleeping) pthread_cond_signal(&s->work);
   pthread_mutex_unlock(&s->lock);
 }
+
+void* host_lanes_queued(transfer* t) { return (void*)atomic_load(&t->queued); }
 
 int host_lanes_done(transfer* t, host_lanes_result* result) {
   if (!atomic_load(&t->done)) return 0;

@@ -59,11 +59,12 @@ class _Flight:
     uploaded: int = 0
     upload_done: int = 0
     kernel_queued: bool = False
-    kernel_done: bool = False
     download_started: int = 0
     landed: int = 0
     pending: int = 0  # operations queued and not yet seen to be done
     failed: bool = False
+    loading: bool = False  # by the lanes in C
+    loaded_s: float = float("-inf")  # when they were through
 
 
 @dataclass(slots=True, eq=False)
@@ -269,18 +270,35 @@ class Executor:
         if transfer is None:
             return False
         self._queue(self._loading, flight, transfer, 0, chunk.rows, None)
-        flight.fill_started = chunk.rows
+        flight.fill_started, flight.loading = chunk.rows, True
         return True
 
-    def _finish_loads(self) -> bool:
+    def _start_kernels(self) -> bool:
+        """Queue the kernels of chunks whose last copy to the device the lanes have queued, behind that copy."""
         moved = False
+        for step in self._loading:
+            flight, transfer = step.flight, step.operation
+            if flight.kernel_queued:
+                continue
+            assert isinstance(transfer, Transfer) and self._lanes is not None
+            event = transfer.queued()
+            if event is None:
+                break
+            self._lanes.copies.before_kernel(flight.slot, event)
+            self._compute(flight)
+            moved = True
+        return moved
+
+    def _finish_loads(self) -> bool:
+        moved = self._start_kernels()
         for step in self._finished(self._loading, "H2D", self._in_row_bytes, host_stage="fill"):
             moved = True
             flight = step.flight
+            flight.loading = False
             flight.uploaded = flight.upload_done = step.rows
             if flight.chunk.release is not None:
                 flight.chunk.release()
-            if not flight.failed:
+            if not flight.kernel_queued and not flight.failed:
                 self._compute(flight)
         return moved
 
@@ -331,7 +349,6 @@ class Executor:
         moved = False
         for step in self._finished(self._running, "kernel", 0):
             moved = True
-            step.flight.kernel_done = True
             if isinstance(step.flight.target, DeviceRows):
                 self._land(step)
         return moved
@@ -346,8 +363,6 @@ class Executor:
             if flight.failed or isinstance(target, DeviceRows):
                 continue
             if flight.in_place_target is None and flight.download_started == 0 and self._lanes_in_c() is not None:
-                if not flight.kernel_done:  # the lanes know nothing of kernels
-                    break
                 moved |= self._store(flight, target)
             while flight.download_started < flight.chunk.rows:
                 first, piece = flight.download_started, None
@@ -446,13 +461,17 @@ class Executor:
         transfers, what copy workers do."""
         while lane:
             step = lane[0]
+            if lane is self._running and step.flight.loading:
+                return  # what the kernel waited for isn't known yet
             try:
                 if not step.operation.done():
                     return
                 if isinstance(step.operation, Transfer):
                     self._record_pieces(step, stage, host_stage or stage, row_bytes)
                 else:
-                    self._record(stage, step.flight.chunk, *step.operation.times(), step.rows * row_bytes)
+                    start_s, end_s = step.operation.times()
+                    start_s = min(end_s, max(start_s, step.flight.loaded_s)) if lane is self._running else start_s
+                    self._record(stage, step.flight.chunk, start_s, end_s, step.rows * row_bytes)
             except DeviceError as error:
                 if stage in ("H2D", "kernel", "D2H"):
                     _noted(error, stage, step.flight.chunk)
@@ -476,6 +495,8 @@ class Executor:
             n_bytes = span.rows * row_bytes
             self._record(host_stage, step.flight.chunk, span.host_start_s, span.host_end_s, n_bytes)
             self._record(device_stage, step.flight.chunk, span.device_start_s, span.device_end_s, n_bytes)
+        if host_stage == "fill":
+            step.flight.loaded_s = span.device_end_s
 
     def _give_back(self, ring: Ring, step: _Step) -> None:
         if step.piece is not None:

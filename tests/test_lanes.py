@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import nvtx
 import pytest
-from device_tests import DeviceTests, assert_same_bits, poisoned, random_layer, random_rows
+from device_tests import DeviceTests, assert_same_bits, poisoned, random_layer, random_rows, wait_until
 
 import pipeline.devices.cpu
 from pipeline import Pipeline
@@ -28,11 +28,13 @@ from pipeline.instrument import STAGES
 from pipeline.io import native
 from pipeline.io.lanes import Lanes
 from pipeline.io.native import NativeWorkers
+from pipeline.io.rows import ArrayRows
 from pipeline.layer import FusedLinear
 from pipeline.trace import read_trace
 
 _FUNCTIONS = ("fake_set_context", "fake_copy_in", "fake_copy_out", "fake_record", "fake_query")
 _REFUSAL, _FAILURE = 0, 1
+_NOT_READY = 600
 
 
 @functools.cache
@@ -46,7 +48,8 @@ def fake_driver() -> Any:
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-pthread", "-o", str(built), str(source)], check=True)
     library = ctypes.CDLL(str(built))
     library.fake_open_stream.argtypes, library.fake_open_stream.restype = [ctypes.c_uint64], ctypes.c_void_p
-    library.fake_close_stream.argtypes = [ctypes.c_void_p]
+    library.fake_close_stream.argtypes = library.fake_query.argtypes = [ctypes.c_void_p]
+    library.fake_pend.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.fake_new_event.restype = ctypes.c_void_p
     shutil.rmtree(built.parent)
     return library
@@ -67,6 +70,7 @@ class LanesDevice(CpuDevice):
     def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
         super().prepare(layer, out_dtype, chunk_rows)
         self._fake_streams = [fake_driver().fake_open_stream(seed) for seed in (1, 2)]
+        self._kernel_events: dict[int, int] = {}
 
     def in_place(self, rows: HostArray) -> bool:
         first = address_of(rows)
@@ -84,8 +88,19 @@ class LanesDevice(CpuDevice):
             new_event=fake_driver().fake_new_event,
             input=lambda slot: address_of(self._inputs[slot]),
             output=lambda slot: address_of(self._outputs[slot]),
+            before_kernel=self._before_kernel,
+            after_kernel=self._after_kernel,
             error=lambda what, code: DriverError(f"{what} failed: {code}", str(code)),
         )
+
+    def _before_kernel(self, slot: int, event: int) -> None:
+        self._queue("kernel", slot, lambda: wait_until(lambda: fake_driver().fake_query(event) != _NOT_READY))
+
+    def _after_kernel(self, slot: int) -> int:
+        event = self._kernel_events.setdefault(slot, fake_driver().fake_new_event())
+        fake_driver().fake_pend(event, 1)
+        self._queue("kernel", slot, lambda: fake_driver().fake_pend(event, -1))
+        return event
 
     def close(self) -> None:
         super().close()
@@ -243,8 +258,6 @@ def test_lanes_transfer_that_was_cancelled_says_so() -> None:
         pipe.run(x)
         lanes = pipe._lanes[0].executor._lanes
         assert lanes is not None
-        from pipeline.io.rows import ArrayRows
-
         transfers = [lanes.load(ArrayRows(x[:40]), 40, slot, slot) for slot in range(3)]
         lanes.cancel()
         ended = 0

@@ -73,7 +73,8 @@ class NativeCopies:
     `functions` are the addresses of the CUDA driver's cuCtxSetCurrent, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync,
     cuEventRecord and cuEventQuery; then there are handles of a context and of streams. `new_event` makes an event that
     lives until the device is closed, `input` and `output` give the addresses of a slot's buffers, whose rows follow one
-    another, and `error` the exception for an operation that ended with a CUresult.
+    another. `before_kernel` lets a slot's next kernel wait for an event, `after_kernel` gives the event of its last one,
+    valid until the slot's next. `error` is the exception for an operation that ended with a CUresult.
     """
 
     functions: tuple[int, ...]
@@ -83,6 +84,8 @@ class NativeCopies:
     new_event: Callable[[], int]
     input: Callable[[int], int]
     output: Callable[[int], int]
+    before_kernel: Callable[[int, int], None]
+    after_kernel: Callable[[int], int]
     error: Callable[[str, int], Exception]
 
 

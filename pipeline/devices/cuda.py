@@ -206,6 +206,7 @@ class CudaDevice(Device):
         self._latest: dict[str | int, _CudaOperation] = {}  # of each engine and of each slot
         self._kernel_streams: list[Any] = []  # of each slot
         self._plain_events: list[Any] = []
+        self._slot_events: dict[int, int] = {}  # behind kernels
         with self._current():
             self._control, self._h2d, self._d2h = (self._new_stream() for _ in range(3))
             self._events = _EventPool(self._control)
@@ -406,6 +407,8 @@ class CudaDevice(Device):
             new_event=self._new_plain_event,
             input=self._inputs.__getitem__,
             output=self._outputs.__getitem__,
+            before_kernel=lambda slot, event: call("cuStreamWaitEvent", self._kernel_streams[slot], event, 0),
+            after_kernel=self._after_kernel,
             error=lambda what, code: call_error(what, driver().CUresult(code)),
         )
 
@@ -414,6 +417,13 @@ class CudaDevice(Device):
         """An event without a time, which lives as long as the device."""
         self._plain_events.append(call("cuEventCreate", driver().CUevent_flags.CU_EVENT_DISABLE_TIMING))
         return int(self._plain_events[-1])
+
+    def _after_kernel(self, slot: int) -> int:
+        """An event behind the slot's last kernel, one for each slot."""
+        if slot not in self._slot_events:
+            self._slot_events[slot] = self._new_plain_event()
+        call("cuEventRecord", self._slot_events[slot], self._kernel_streams[slot])
+        return self._slot_events[slot]
 
     def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
         probe = _CopiesOnly(self.ordinal, row_bytes)

@@ -58,6 +58,7 @@ class _TransferRequest(ctypes.Structure):
         ("piece_rows", ctypes.c_int64),
         ("chunk", ctypes.c_int64),
         ("spans", ctypes.c_void_p),
+        ("after", ctypes.c_void_p),
         ("out", ctypes.c_int32),
     )
 
@@ -88,6 +89,11 @@ class Transfer:
         self._lanes, self._job, self._rows, self._piece_rows, self._what = lanes, job, rows, piece_rows, what
         self.memory = ctypes.create_string_buffer(lanes.transfer_bytes)
         self.spans_ns = np.zeros((-(-rows // piece_rows), 4), np.int64)
+
+    def queued(self) -> int | None:
+        """Of a load: the event behind its last copy to the device, once all are queued."""
+        event: int | None = self._lanes.library.host_lanes_queued(self.memory)
+        return event
 
     def done(self) -> bool:
         """Whether the chunk is through.
@@ -143,25 +149,30 @@ class Lanes:
         Nothing else may use the buffer until the transfer is done.
         """
         job = source.fill(0, _stand_in(self._ring_in, rows))
-        return self._submit(job, rows, self.copies.input(slot), self._ring_in, chunk, f"H2D copy of slot {slot}")
-
-    def store(self, target: TargetRows, rows: int, slot: int, chunk: int) -> Transfer | None:
-        """Copy rows from the slot's output buffer to where they go; None where the workers in C can't write them.
-
-        The kernel that writes the buffer must be done.
-        """
-        job = target.drain(0, _stand_in(self._ring_out, rows))
-        return self._submit(job, rows, self.copies.output(slot), self._ring_out, chunk, f"D2H copy of slot {slot}")
-
-    def _submit(self, job: Job, rows: int, device: int, ring: Ring, chunk: int, what: str) -> Transfer | None:
         host = chunk_request(job, rows)
         if host is None:
             return None
+        what = f"H2D copy of slot {slot}"
+        return self._submit(job, host, self.copies.input(slot), self._ring_in, chunk, None, what)
+
+    def store(self, target: TargetRows, rows: int, slot: int, chunk: int) -> Transfer | None:
+        """Copy rows from the slot's output buffer to where they go, once the slot's last kernel is done; None where the
+        workers in C can't write them."""
+        job = target.drain(0, _stand_in(self._ring_out, rows))
+        host = chunk_request(job, rows)
+        if host is None:
+            return None
+        what, after = f"D2H copy of slot {slot}", self.copies.after_kernel(slot)
+        return self._submit(job, host, self.copies.output(slot), self._ring_out, chunk, after, what)
+
+    def _submit(
+        self, job: Job, host: Request, device: int, ring: Ring, chunk: int, after: int | None, what: str
+    ) -> Transfer:
         if ring not in self._in_use:
             self._use(ring)
-        transfer = Transfer(self, job, rows, ring.piece_rows, what)
+        transfer = Transfer(self, job, host.rows, ring.piece_rows, what)
         spans, out = address_of(transfer.spans_ns), ring is self._ring_out
-        request = _TransferRequest(host, device, ring.row_bytes, ring.piece_rows, chunk, spans, out)
+        request = _TransferRequest(host, device, ring.row_bytes, ring.piece_rows, chunk, spans, after, out)
         self._transfers.add(transfer)
         self.library.host_lanes_submit(self._lanes, transfer.memory, ctypes.byref(request))
         return transfer

@@ -92,6 +92,7 @@ def _library() -> tuple[Any, str]:
                 ("host_lanes_use", ctypes.c_int, pointer, ctypes.c_int, pointer),
                 ("host_lanes_transfer_bytes", ctypes.c_size_t),
                 ("host_lanes_submit", None, pointer, pointer, pointer),
+                ("host_lanes_queued", pointer, pointer),
                 ("host_lanes_done", ctypes.c_int, pointer, pointer),
                 ("host_lanes_cancel", None, pointer),
                 ("host_lanes_close", None, pointer),

@@ -112,8 +112,33 @@ def test_pinned_but_strided_goes_through_the_ring(expected: Any) -> None:
 def test_pageable_memory_is_staged(expected: Any) -> None:
     with open_pipeline() as pipeline:
         result = pipeline.run(X)
+        assert pipeline._lanes[0].executor._lanes is not None, "in C"
     assert result.stats.stages["fill"].bytes == X.nbytes
     assert_same_bits(result.out, expected)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "ieee"])
+def test_staged_chunks_of_many_pieces_have_the_same_bits(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = random_layer(512, 320, precision=precision), random_rows(5000, 512)
+    with open_pipeline(layer) as pipeline:
+        want = pipeline.run(pinned(x)).out
+    monkeypatch.setenv("PIPELINE_PIECE_BYTES", str(2**16))
+    monkeypatch.setenv("PIPELINE_RING_PIECES", "3")
+    out = np.full((5000, 320), np.nan, np.float32)
+    with open_pipeline(layer) as pipeline:
+        for _ in range(20):
+            stats = pipeline.run(x, out).stats
+            assert_same_bits(out, want)
+            out.fill(np.nan)
+    assert stats.stages["H2D"].count > 3 * stats.chunks and stats.stages["kernel"].count == stats.chunks
+
+
+def test_rows_of_odd_width_are_staged_by_the_loop() -> None:
+    layer, x = random_layer(33, 17), random_rows(3000, 33)
+    with open_pipeline(layer) as pipeline:
+        out = pipeline.run(x).out
+        assert pipeline._lanes[0].executor._lanes is None, "no single copy can move rows that are apart on the GPU"
+    assert_close(out, layer, x)
 
 
 def test_batches_are_gathered_into_pinned_memory_and_uploaded_from_there(expected: Any) -> None:

@@ -125,6 +125,9 @@ int fake_record(void* event, void* stream) {
   return queue_operation(stream, (operation){.event = e});
 }
 
+// An event that isn't behind anything on a stream: 1 begins what it waits for, -1 ends it.
+void fake_pend(void* event, int change) { atomic_fetch_add(&((fake_event*)event)->pending, change); }
+
 int fake_query(void* event) {
   fake_event* e = event;
   if (atomic_load(&e->pending)) return kPending;
