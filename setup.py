@@ -4,6 +4,8 @@ The library is optional: where there is no C compiler the install goes through, 
 """
 
 import hashlib
+import os
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -11,15 +13,28 @@ from setuptools import Extension, setup
 SOURCES = ["csrc/host_copy.c", "csrc/host_lanes.c", "csrc/host_copy.h", "csrc/host_move.h"]
 DIGEST = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
 
+
+def nvtx_include() -> list[str]:
+    """The folder of NVTX's headers, from the wheel nvidia-nvtx or a CUDA toolkit. Without them copies that C queues are
+    nameless to profilers, and a profiled run does without."""
+    roots = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
+    folders = [folder for path in sys.path for folder in sorted(Path(path).glob("nvidia/*/include"))]
+    folders += [Path(root) / "include" for root in roots if root]
+    return [str(folder) for folder in folders if (folder / "nvtx3" / "nvToolsExt.h").is_file()][:1]
+
+
+NVTX = nvtx_include()
+
 setup(
     ext_modules=[
         Extension(
             "pipeline._host_copy",  # loaded with ctypes: nothing in it is Python's
             [name for name in SOURCES if name.endswith(".c")],
             depends=SOURCES,
-            define_macros=[("HOST_COPY_SOURCE", f'"{DIGEST}"')],
+            define_macros=[("HOST_COPY_SOURCE", f'"{DIGEST}"')] + [("HOST_LANES_NVTX", "1") for _ in NVTX],
+            include_dirs=NVTX,
             extra_compile_args=["-std=c11", "-O3", "-pthread"],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],  # which NVTX's headers need
             optional=True,
         )
     ]

@@ -10,6 +10,7 @@
 //   host_lanes_done(transfer, result)         0 while it goes on; else fill in `result` and return 1
 //   host_lanes_cancel(lanes)                  give up all transfers; returns when nothing uses a piece any more
 //   host_lanes_close(lanes)                   the same, and end the thread
+//   host_lanes_have_ranges()                  whether profilers see NVTX ranges: built with NVTX's headers
 //
 // A transfer is cut into pieces of whole rows. Each lane moves its pieces in order: a copy by the workers (host_copy.c)
 // and one by the device, which of the two comes first being all that tells the lanes apart. The next piece's first copy
@@ -31,6 +32,9 @@
 #include <string.h>
 
 #include "host_copy.h"
+#ifdef HOST_LANES_NVTX
+#include <nvtx3/nvToolsExt.h>
+#endif
 #ifdef __linux__
 #include <sys/prctl.h>
 #endif
@@ -39,10 +43,7 @@ enum { kNotReady = 600 };                       // CUDA_ERROR_NOT_READY
 static const int64_t kActiveNs = 100000;        // waits actively for so long after the last thing that moved
 static const struct timespec kNap = {0, 5000};  // then sleeps so long between two looks
 
-enum { FILL, H2D, D2H, DRAIN };  // what `mark` is told
-
-// Functions return a CUresult. `mark`, NULL where nobody profiles, is called as an operation is begun and ended;
-// copies of the device between the two calls around the driver's, on the thread that makes it.
+// Functions return a CUresult.
 typedef struct {
   void* context;
   void *in_stream, *out_stream;
@@ -51,7 +52,6 @@ typedef struct {
   int (*copy_out)(void* target, uint64_t source, size_t bytes, void* stream);
   int (*record)(void* event, void* stream);
   int (*query)(void* event);
-  void (*mark)(int stage, int begins, int64_t chunk, int64_t piece);
 } host_lanes_device;
 
 typedef struct {
@@ -73,7 +73,7 @@ typedef struct {
   host_copy_request host;
   uint64_t device;
   int64_t row_bytes, piece_rows;
-  int64_t chunk;           // for `mark`
+  int64_t chunk;           // its number, for profilers
   host_lanes_span* spans;  // one for each piece
   void* after;             // an event that has to be over before the first piece is begun, or NULL
   int32_t out;
@@ -99,7 +99,8 @@ typedef struct {
   int64_t number, first, rows;  // within the transfer
   void *memory, *event;
   job* copy;
-  int asked;  // whether the copy that is waited for was begun
+  int asked;       // whether the copy that is waited for was begun
+  uint64_t range;  // a profiler's, of the copy by the workers
 } piece;
 
 typedef struct {
@@ -127,11 +128,64 @@ typedef struct {
   int sleeping, closing;
 } host_lanes;
 
-// --- one piece -------------------------------------------------------------------------------------------------------
+// --- ranges for profilers --------------------------------------------------------------------------------------------
 
-static void mark(host_lanes* s, int stage, int begins, const piece* p) {
-  if (s->device.mark) s->device.mark(stage, begins, p->of->request.chunk, p->number);
+// The same as pipeline/instrument.py makes.
+
+enum { FILL, H2D, D2H, DRAIN };
+
+#ifdef HOST_LANES_NVTX
+
+static pthread_once_t domain_once = PTHREAD_ONCE_INIT;
+static nvtxDomainHandle_t domain;
+
+static void create_domain(void) { domain = nvtxDomainCreateA("pipeline"); }
+
+static nvtxEventAttributes_t attributes(int stage, int64_t chunk) {
+  static const struct {
+    const char* name;
+    uint32_t color;
+  } kStages[] = {{"fill", 0xe69f00}, {"H2D", 0x56b4e9}, {"D2H", 0x0072b2}, {"drain", 0xd55e00}};
+  pthread_once(&domain_once, create_domain);
+  nvtxEventAttributes_t a = {.version = NVTX_VERSION, .size = NVTX_EVENT_ATTRIB_STRUCT_SIZE};
+  a.colorType = NVTX_COLOR_ARGB;
+  a.color = 0xff000000 | kStages[stage].color;
+  a.payloadType = NVTX_PAYLOAD_TYPE_INT64;
+  a.payload.llValue = chunk;
+  a.messageType = NVTX_MESSAGE_TYPE_ASCII;
+  a.message.ascii = kStages[stage].name;
+  return a;
 }
+
+// Around a call of the driver's, by which nsys finds what the copy belongs to.
+static void push_range(int stage, int64_t chunk) {
+  nvtxEventAttributes_t a = attributes(stage, chunk);
+  nvtxDomainRangePushEx(domain, &a);
+}
+
+static void pop_range(void) { nvtxDomainRangePop(domain); }
+
+// Of work on other threads.
+static uint64_t begin_range(int stage, int64_t chunk) {
+  nvtxEventAttributes_t a = attributes(stage, chunk);
+  return nvtxDomainRangeStartEx(domain, &a);
+}
+
+static void end_range(uint64_t range) { nvtxDomainRangeEnd(domain, range); }
+
+int host_lanes_have_ranges(void) { return 1; }
+
+#else
+
+static void push_range(int stage, int64_t chunk) { (void)stage, (void)chunk; }
+static void pop_range(void) {}
+static uint64_t begin_range(int stage, int64_t chunk) { return (void)stage, (void)chunk, 0; }
+static void end_range(uint64_t range) { (void)range; }
+int host_lanes_have_ranges(void) { return 0; }
+
+#endif
+
+// --- one piece -------------------------------------------------------------------------------------------------------
 
 // The transfer begins no more pieces.
 static void cut_short(transfer* t) { t->pieces = t->begun; }
@@ -161,21 +215,22 @@ static void begin_host_copy(host_lanes* s, piece* p) {
     copy.length *= p->rows;
     copy.rows = 1;
   }
-  mark(s, r->out ? DRAIN : FILL, 1, p);
+  p->range = begin_range(r->out ? DRAIN : FILL, r->chunk);
   int error = host_copy_submit(s->workers, p->copy, &copy);
   p->asked = !error;
   if (error) {
+    end_range(p->range);
     p->of->result.error = error;
     cut_short(p->of);
   }
 }
 
-static int host_copy_over(host_lanes* s, piece* p) {
+static int host_copy_over(piece* p) {
   host_copy_result result;
   transfer* t = p->of;
   if (!p->asked) return 1;
   if (!host_copy_done(p->copy, &result)) return 0;
-  mark(s, t->request.out ? DRAIN : FILL, 0, p);
+  end_range(p->range);
   host_lanes_span* span = &t->request.spans[p->number];
   span->host_start_ns = result.start_ns;
   span->host_end_ns = result.end_ns;
@@ -192,10 +247,10 @@ static void begin_device_copy(host_lanes* s, piece* p) {
   size_t bytes = (size_t)(p->rows * r->row_bytes);
   void* stream = r->out ? s->device.out_stream : s->device.in_stream;
   r->spans[p->number].device_start_ns = now_ns();
-  mark(s, r->out ? D2H : H2D, 1, p);
+  push_range(r->out ? D2H : H2D, r->chunk);
   int error = r->out ? s->device.copy_out(p->memory, device, bytes, stream)
                      : s->device.copy_in(device, p->memory, bytes, stream);
-  mark(s, r->out ? D2H : H2D, 0, p);
+  pop_range();
   int recorded = s->device.record(p->event, stream);
   p->asked = !recorded;  // a copy that was queued is waited for, whatever became of it
   if (error || recorded) {
@@ -284,7 +339,7 @@ static void begin(host_lanes* s, piece* p, int on_device) {
 }
 
 static int is_over(host_lanes* s, lane* l, piece* p, int on_device) {
-  return on_device ? device_copy_over(s, l, p) : host_copy_over(s, p);
+  return on_device ? device_copy_over(s, l, p) : host_copy_over(p);
 }
 
 // Everything in the lane that can move, the last copies first so that pieces come free.

@@ -29,7 +29,7 @@ from pipeline.devices.base import Device, DeviceRows, Operation, Workers
 from pipeline.errors import DeviceError, uninterrupted
 from pipeline.instrument import Ranges, Recorder
 from pipeline.io.jobs import Job
-from pipeline.io.lanes import Lanes, Transfer
+from pipeline.io.lanes import Lanes, Transfer, show_in_profiles
 from pipeline.io.native import NativeWorkers
 from pipeline.io.rows import Chunk, Feed, Sink, SourceRows, TargetRows
 from pipeline.io.staging import Ring
@@ -119,11 +119,13 @@ class Executor:
         return ring(self._layer.in_features, self._layer.dtype), ring(self._layer.out_features, self._out_dtype)
 
     def _lanes_in_c(self) -> Lanes | None:
-        """What moves pieces in C, from its first use on; None where the loop has to."""
-        if self._lanes is None and isinstance(self.workers, NativeWorkers):
+        """What moves pieces in C, from its first use on; None where the loop has to: also for a profiler that wouldn't
+        see what C does."""
+        workers = self.workers
+        if self._lanes is None and isinstance(workers, NativeWorkers):
             copies = self.device.native_copies()
-            if copies is not None:
-                self._lanes = Lanes(self.workers, copies, *self._lanes_rings)
+            if copies is not None and (show_in_profiles(workers) or not self._ranges.active):
+                self._lanes = Lanes(workers, copies, *self._lanes_rings)
         return self._lanes
 
     @property

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import shutil
 import subprocess
+import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import nvtx
 import pytest
 from device_tests import DeviceTests, assert_same_bits, poisoned, random_layer, random_rows, wait_until
+from needs import IN_CI
 
 import pipeline.devices.cpu
 from pipeline import Pipeline
@@ -24,7 +25,7 @@ from pipeline.config import DType, Staging
 from pipeline.devices.base import DeviceRows, NativeCopies
 from pipeline.devices.cpu import CpuDevice
 from pipeline.errors import DriverError, FileFormatError, PipelineError
-from pipeline.instrument import STAGES
+from pipeline.instrument import STAGE_COLORS, STAGES, Ranges
 from pipeline.io import native
 from pipeline.io.lanes import Lanes
 from pipeline.io.native import NativeWorkers
@@ -305,52 +306,64 @@ def test_lanes_end_their_thread_when_forgotten() -> None:
     lanes.close()  # again
 
 
-class _Domain:
-    """Takes the place of nvtx's, and keeps which thread did what."""
-
-    def __init__(self) -> None:
-        self.events: list[tuple[str, int, Any]] = []
-
-    def get_event_attributes(self, message: str, payload: int, **_: Any) -> tuple[str, int]:
-        return message, payload
-
-    def _note(self, what: str, which: Any) -> Any:
-        self.events.append((what, threading.get_native_id(), which))
-        return len(self.events) - 1
-
-    def push_range(self, attributes: tuple[str, int]) -> None:
-        self._note("push", attributes)
-
-    def pop_range(self) -> None:
-        self._note("pop", None)
-
-    def start_range(self, attributes: tuple[str, int]) -> Any:
-        return self._note("start", attributes)
-
-    def end_range(self, begun: int) -> None:
-        self._note("end", begun)
+PROFILED = """
+import pipeline.devices.cpu, test_lanes, threading
+pipeline.devices.cpu.CpuDevice = test_lanes.LanesDevice
+layer, x = test_lanes.random_layer(24, 31), test_lanes.random_rows(200, 24)
+with test_lanes.open_pipeline(layer) as pipe:
+    stats = pipe.run(x).stats
+    lanes = pipe._lanes[0].executor._lanes
+print(lanes is not None, *(stats.stages[stage].count for stage in ("fill", "H2D", "D2H", "drain")))
+"""
 
 
-def test_lanes_make_the_ranges_of_all_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    domain = _Domain()
-    monkeypatch.setattr(nvtx, "get_domain", lambda name: domain)
-    layer, x = random_layer(24, 31), random_rows(200, 24)
+def test_lanes_make_ranges_that_profilers_see(tmp_path: Path) -> None:
+    library, _ = native._library()
+    if not library.host_lanes_have_ranges() and not IN_CI:
+        pytest.skip("the package was built without NVTX's headers")
+    assert library.host_lanes_have_ranges()
+    tool, log = tmp_path / "tool.so", tmp_path / "log"
+    source = Path(__file__).resolve().parent / "native" / "nvtx_tool.c"
+    compiler = shutil.which("gcc") or shutil.which("cc") or ""
+    subprocess.run([compiler, "-shared", "-fPIC", "-pthread", "-o", str(tool), str(source)], check=True)
+    variables = {"NVTX_INJECTION64_PATH": str(tool), "NVTX_TOOL_LOG": str(log)}
+    variables["PYTHONPATH"] = os.pathsep.join(map(str, (source.parents[1], source.parents[2])))
+    done = subprocess.run([sys.executable, "-c", PROFILED], env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    in_c, *counts = done.stdout.split()
+    count = dict(zip(("fill", "H2D", "D2H", "drain"), map(int, counts), strict=True))
+    assert in_c == "True"
+    events = [line.split() for line in log.read_text().splitlines()]  # what, thread, name, payload, color; id
+    copies = [event for event in events if event[0] == "push" and event[2] in ("H2D", "D2H")]
+    (lanes_thread,) = {thread for _, thread, *_ in copies}
+    assert {stage: sum(name == stage for _, _, name, *_ in copies) for stage in ("H2D", "D2H")} == {
+        stage: count[stage] for stage in ("H2D", "D2H")
+    }
+    of_thread = [what for what, thread, *_ in events if thread == lanes_thread and what in ("push", "pop")]
+    assert of_thread == ["push", "pop"] * len(copies), "one call of the driver in each"
+    started = {event[5]: event for event in events if event[0] == "start"}
+    assert sorted(event[2] for event in events if event[0] == "end") == sorted(started)
+    work = [event for event in started.values() if event[2] in ("fill", "drain")]
+    assert {stage: sum(event[2] == stage for event in work) for stage in ("fill", "drain")} == {
+        stage: count[stage] for stage in ("fill", "drain")
+    }
+    for stage in ("fill", "H2D", "D2H", "drain"):
+        own = [event for event in copies + work if event[2] == stage]
+        assert {int(event[3]) for event in own} == set(range(5)), "chunks"
+        assert {int(event[4], 16) & 0xFFFFFF for event in own} == {STAGE_COLORS[stage]}
+    assert any(event[:1] + event[2:3] == ["push", "kernel"] for event in events), "the loop's are there as well"
+
+
+def test_lanes_that_profilers_would_not_see_leave_the_pieces_to_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = random_layer(24, 31), random_rows(400, 24)
+    monkeypatch.setattr("pipeline.executor.show_in_profiles", lambda workers: False)
     with open_pipeline(layer) as pipe:
-        stats = pipe.run(x).stats
-    this_thread = threading.get_native_id()
-    (lanes_thread,) = {thread for _, thread, which in domain.events if thread != this_thread}
-    pushed = [(thread, which) for what, thread, which in domain.events if what == "push"]
-    copies = [which for thread, which in pushed if thread == lanes_thread]
-    assert {name for name, _ in copies} == {"H2D", "D2H"}
-    assert len(copies) == stats.stages["H2D"].count + stats.stages["D2H"].count
-    assert {(name, chunk) for name, chunk in copies} == {(name, n) for name in ("H2D", "D2H") for n in range(5)}
-    on_lanes = [what for what, thread, _ in domain.events if thread == lanes_thread and what in ("push", "pop")]
-    assert on_lanes == ["push", "pop"] * len(copies), "one driver call in each"
-    started = {n: which for n, (what, _, which) in enumerate(domain.events) if what == "start"}
-    ended = [which for what, _, which in domain.events if what == "end"]
-    assert sorted(ended) == sorted(started)
-    names = [name for name, _ in started.values()]
-    assert names.count("fill") == stats.stages["fill"].count and names.count("drain") == stats.stages["drain"].count
+        assert_same_bits(pipe.run(x).out, layer(x))
+        assert rings_used(pipe) == (False, False, True, True), "nobody profiles"
+    monkeypatch.setattr(Ranges, "active", property(lambda self: True, lambda self, value: None), raising=False)
+    with open_pipeline(layer) as pipe:
+        assert_same_bits(pipe.run(x).out, layer(x))
+        assert rings_used(pipe) == (True, True, False, False)
 
 
 def test_lanes_in_a_trace(tmp_path: Path) -> None:

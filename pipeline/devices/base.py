@@ -73,7 +73,7 @@ class NativeCopies:
     `functions` are the addresses of the CUDA driver's cuCtxSetCurrent, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync,
     cuEventRecord and cuEventQuery; then there are handles of a context and of streams. `new_event` makes an event that
     lives until the device is closed, `input` and `output` give the addresses of a slot's buffers, whose rows follow one
-    another. `before_kernel` lets a slot's next kernel wait for an event, `after_kernel` gives the event of its last one,
+    another. `before_kernel` lets a slot's next kernel wait for an event, `after_kernel` gives the event of its last,
     valid until the slot's next. `error` is the exception for an operation that ended with a CUresult.
     """
 

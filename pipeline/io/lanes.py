@@ -16,14 +16,10 @@ import numpy as np
 from pipeline.arrays import HostArray, address_of
 from pipeline.devices.base import NativeCopies
 from pipeline.errors import PipelineError
-from pipeline.instrument import Ranges
 from pipeline.io.jobs import Job
 from pipeline.io.native import NativeWorkers, Request, chunk_request
 from pipeline.io.rows import SourceRows, TargetRows
 from pipeline.io.staging import Ring
-
-_MARKED = ("fill", "H2D", "D2H", "drain")  # by the numbers of csrc/host_lanes.c
-_MARK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 # The same fields as in csrc/host_lanes.c.
@@ -37,7 +33,6 @@ class _Device(ctypes.Structure):
         ("copy_out", ctypes.c_void_p),
         ("record", ctypes.c_void_p),
         ("query", ctypes.c_void_p),
-        ("mark", _MARK),
     )
 
 
@@ -124,6 +119,11 @@ class Transfer:
         return spans
 
 
+def show_in_profiles(workers: NativeWorkers) -> bool:
+    """Whether a profiler sees what lanes do: the library was built with NVTX's headers."""
+    return bool(workers.library.host_lanes_have_ranges())
+
+
 class Lanes:
     """Both lanes of one device: a ring of pinned pieces each, allocated at first use, and a thread."""
 
@@ -133,15 +133,12 @@ class Lanes:
         self.transfer_bytes = int(self.library.host_lanes_transfer_bytes())
         self._transfers: set[Transfer] = set()  # keeps their memory alive until they are done
         self._in_use: set[Ring] = set()
-        marks = _Marks()
-        mark = _MARK(marks) if marks.ranges.active else _MARK()
-        device = _Device(copies.context, copies.in_stream, copies.out_stream, *copies.functions, mark)
+        device = _Device(copies.context, copies.in_stream, copies.out_stream, *copies.functions)
         self._lanes = self.library.host_lanes_open(workers.pool, ctypes.byref(device), ring_in.poison)
         if not self._lanes:
             code = ctypes.get_errno()
             raise OSError(code, f"can't start the thread of the staging lanes: {os.strerror(code)}")
-        used_until_then = workers, mark
-        self._close = weakref.finalize(self, _close_lanes, self.library, self._lanes, os.getpid(), used_until_then)
+        self._close = weakref.finalize(self, _close_lanes, self.library, self._lanes, os.getpid(), workers)
 
     def load(self, source: SourceRows, rows: int, slot: int, chunk: int) -> Transfer | None:
         """Copy a chunk's rows into the slot's input buffer; None where the copy workers in C can't read them.
@@ -200,29 +197,8 @@ class Lanes:
         self._close()
 
 
-class _Marks:
-    """Makes the NVTX ranges of the lanes' operations. Called on their thread, which calls the driver in between."""
-
-    def __init__(self) -> None:
-        self.ranges = Ranges()
-        self._begun = dict[tuple[str, int, int], Any]()
-
-    def __call__(self, stage: int, begins: int, chunk: int, piece: int) -> None:
-        name = _MARKED[stage]
-        if name in ("H2D", "D2H"):
-            around_the_call = self.ranges(name, chunk)
-            if begins:
-                around_the_call.__enter__()
-            else:
-                around_the_call.__exit__(None, None, None)
-        elif begins:
-            self._begun[name, chunk, piece] = self.ranges.begin(name, chunk)
-        else:
-            self.ranges.end(self._begun.pop((name, chunk, piece)))
-
-
-def _close_lanes(library: Any, lanes: int, pid: int, used_until_then: Any) -> None:
-    """End the thread; in a forked process there is none."""
+def _close_lanes(library: Any, lanes: int, pid: int, workers: NativeWorkers) -> None:
+    """End the thread, which `workers` must outlive; in a forked process there is none."""
     if os.getpid() == pid:
         library.host_lanes_close(lanes)
 

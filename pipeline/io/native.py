@@ -96,6 +96,7 @@ def _library() -> tuple[Any, str]:
                 ("host_lanes_done", ctypes.c_int, pointer, pointer),
                 ("host_lanes_cancel", None, pointer),
                 ("host_lanes_close", None, pointer),
+                ("host_lanes_have_ranges", ctypes.c_int),
             ):
                 function = getattr(library, name)
                 function.restype, function.argtypes = result, arguments

@@ -28,15 +28,6 @@ static uint64_t roll(dice* d, uint64_t sides) {
   return (d->state >> 33) % sides;
 }
 
-static atomic_llong begun, ended;  // what `mark` was told
-static atomic_int between_marks;   // calls of the driver on the lanes' thread
-
-static void count_mark(int stage, int begins, int64_t chunk, int64_t number) {
-  CHECK(stage >= FILL && stage <= DRAIN && chunk >= 0 && number >= 0);
-  if (stage == H2D || stage == D2H) CHECK(atomic_fetch_add(&between_marks, begins ? 1 : -1) == !begins);
-  atomic_fetch_add(begins ? &begun : &ended, 1);
-}
-
 enum { kElements = 64, kMostRows = 40, kTransfers = 6 };
 
 // fp32 rows on the host, some bytes apart, and wire rows of the device: fp32, or bf16 where there is a cast.
@@ -170,8 +161,7 @@ static void round_of(pool* p, dice* d, int ending) {
                               .copy_in = fake_copy_in,
                               .copy_out = fake_copy_out,
                               .record = fake_record,
-                              .query = fake_query,
-                              .mark = roll(d, 2) ? count_mark : NULL};
+                              .query = fake_query};
   host_lanes* s = host_lanes_open(p, &device, (int)roll(d, 2));
   CHECK(s);
   void *memory[2][4], *events[2][4];
@@ -219,7 +209,6 @@ static void round_of(pool* p, dice* d, int ending) {
   CHECK(ending != WHOLE || whole == kTransfers);
   CHECK(ending != CUT_FILE || whole == kTransfers - 1);
   host_lanes_close(s);
-  CHECK(atomic_load(&begun) == atomic_load(&ended) && !atomic_load(&between_marks));
   fake_close_stream(device.in_stream);
   fake_close_stream(device.out_stream);
   for (int i = 0; i < kTransfers; i++) free_transfer(&m[i]);
