@@ -91,6 +91,29 @@ def data_loader(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows:
         y[row : row + len(part)].copy_(forward(part.to("cuda", non_blocking=True)))
 
 
+def dali_source(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows: int) -> None:
+    """DALI's external source, which copies blocks of rows to the GPU ahead; results are copied into their place."""
+    from nvidia import dali
+
+    array, starts = x.numpy(), list(range(0, len(x), rows))
+
+    def block(info: Any) -> Any:
+        if info.iteration == len(starts):
+            raise StopIteration
+        return array[starts[info.iteration] : starts[info.iteration] + rows]
+
+    @dali.pipeline_def(batch_size=1, num_threads=4, device_id=0, prefetch_queue_depth=2)  # type: ignore[misc]
+    def blocks() -> Any:
+        return dali.fn.external_source(source=block, batch=False, dtype=dali.types.FLOAT, ndim=2).gpu()
+
+    pipe = blocks()
+    pipe.build()
+    for row in starts:
+        (batch,) = pipe.run()
+        part = torch.from_dlpack(batch.as_tensor())[0]
+        y[row : row + len(part)].copy_(forward(part))
+
+
 def kvikio_file(torch: Any, forward: Callable[[Any], Any], path: str, offset: int, y: Any, rows: int) -> None:
     """KvikIO reads a file's rows into the GPU, two chunks in turns; results go to pinned memory."""
     import kvikio

@@ -232,6 +232,12 @@ def peer_contenders(bench: Bench, quick: bool) -> dict[str, tuple[Contender, Any
         "loop, copied back": (lambda: peers.copied_back(torch, forward, x, y, 1024), y),
         "naive loop": (lambda: peers.naive_loop(torch, forward, x, y, 1024), y),
     }
+    try:
+        import nvidia.dali  # noqa: F401
+
+        contenders["DALI, external source, 4096 rows"] = (lambda: peers.dali_source(torch, forward, x, y, 4096), y)
+    except ImportError:
+        print("DALI isn't installed: no row for it")
     if not quick:
         contenders["DataLoader, pin_memory, 4 workers"] = (
             lambda: peers.data_loader(torch, forward, x, y, loader_rows, 4),
