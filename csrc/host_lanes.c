@@ -3,7 +3,7 @@
 //   in    host --copy workers--> piece --H2D--> device        out    device --D2H--> piece --copy workers--> host
 //
 //   host_lanes_open(workers, device, poison)  start the thread that moves the pieces of both lanes; NULL, errno set
-//   host_lanes_use(lanes, out, ring)          the pieces of a lane, once and before its first transfer: 0, or an errno
+//   host_lanes_use(lanes, out, ring)          the pieces of a lane, before its first transfer: 0, or an errno
 //   host_lanes_transfer_bytes()               the memory of a transfer, which belongs to the caller
 //   host_lanes_submit(lanes, transfer, request)  queue a transfer behind those of its lane and return at once
 //   host_lanes_queued(transfer)               in: the event behind its last copy once that is queued, before it NULL
@@ -355,7 +355,7 @@ static int move(host_lanes* s, lane* l) {
   return moved;
 }
 
-// Begins no more pieces; those in the ring go their way.
+// Begins no more pieces, nor second copies of the transfer that is cut short; others in the ring go their way.
 static void give_up(host_lanes* s, lane* l) {
   for (;;) {
     if (!l->current) take_transfer(s, l);
@@ -467,6 +467,7 @@ int host_lanes_use(host_lanes* s, int out, const host_lanes_ring* ring) {
   if (!pieces) return ENOMEM;
   lane* l = out ? &s->out : &s->in;
   pthread_mutex_lock(&s->lock);  // the lanes' thread looks after it has taken a transfer
+  free_ring(l->ring, l->count);  // of a call that an interrupt left without its result
   l->ring = pieces;
   l->count = ring->count;
   l->bytes = ring->bytes;
