@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from pipeline.devices.cuda import count_gpus
 from pipeline.errors import OptionError
+from pipeline.instrument import STAGES
 from pipeline.nsys import find_nsys, read_report, record
 from pipeline.timeline import Timeline, busy_s, device_use
 from pipeline.trace import read_trace
@@ -51,6 +53,20 @@ def test_record_and_nsys_agree_within_three_percent(stage: str, both: tuple[Time
     assert ours == pytest.approx(theirs, rel=0.03)
     shares = [device_use(each.devices["cuda:0"]).kernel_hidden_share for each in both]
     assert shares[0] == pytest.approx(shares[1], abs=0.03)
+
+
+def test_nsys_finds_every_stage_of_a_staged_run(tmp_path: Path) -> None:
+    job = [*JOB, "--memory", "pageable", "--gib", "2", "--out", str(tmp_path / "run.json")]
+    try:
+        theirs = read_report(record(job, tmp_path / "run"))
+    except OptionError as error:
+        pytest.skip(str(error))
+    ours, _ = read_trace(tmp_path / "run.json")
+    found = [{(i.stage, i.chunk) for i in each.devices["cuda:0"]} for each in (ours, theirs)]
+    assert found[0] == found[1] and {stage for stage, _ in found[0]} == set(STAGES)
+    assert theirs.unassigned == 0
+    counts = [Counter(i.stage for i in each.devices["cuda:0"]) for each in (ours, theirs)]
+    assert counts[0] == counts[1], "piece by piece"
 
 
 def test_trace_of_a_staged_run_has_every_lane(tmp_path: Path) -> None:
