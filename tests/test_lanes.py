@@ -289,6 +289,27 @@ def test_lanes_with_other_workers_and_rings_between_runs() -> None:
         workers.close()
 
 
+def test_lanes_of_two_devices_share_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(name: str) -> LanesDevice:
+        device = LanesDevice()
+        device.name = name
+        return device
+
+    monkeypatch.setattr("pipeline.api.find_devices", lambda wanted: ["one", "two"])
+    monkeypatch.setattr("pipeline.api.open_device", named)
+    layer, x = random_layer(24, 31), random_rows(4000, 24)
+    y = poisoned((4000, 31))
+    with open_pipeline(layer) as pipe:
+        for _ in range(3):
+            y.fill(np.nan)
+            stats = pipe.run(x, y).stats
+            assert_same_bits(y, layer(x))
+        assert set(stats.devices) == {"one", "two"}
+        lanes = [lane.executor._lanes for lane in pipe._lanes]
+        assert None not in lanes and lanes[0] is not lanes[1]
+        assert pipe._lanes[0].workers is pipe._lanes[1].workers
+
+
 def test_lanes_end_their_thread_when_forgotten() -> None:
     def lanes_threads() -> int:
         names = (Path(f"/proc/self/task/{each.name}/comm").read_text() for each in Path("/proc/self/task").iterdir())
