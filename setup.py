@@ -10,13 +10,14 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 
-SOURCES = ["csrc/host_copy.c", "csrc/host_lanes.c", "csrc/host_copy.h", "csrc/host_move.h"]
-DIGEST = hashlib.sha256(b"".join((Path(__file__).parent / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
+ROOT = Path(__file__).parent
+SOURCES = [f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob("host_*.[ch]"))]
+DIGEST = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
 
 
 def nvtx_include() -> list[str]:
-    """The folder of NVTX's headers, from the wheel nvidia-nvtx or a CUDA toolkit. Without them copies that C queues are
-    nameless to profilers, and a profiled run does without."""
+    """The folder of NVTX's headers, from the wheel nvidia-nvtx or a CUDA toolkit; none where neither is there. Without
+    them profilers couldn't name the copies that C queues: Python queues those of a profiled run then."""
     roots = [os.environ.get("CUDA_HOME", ""), os.environ.get("CUDA_PATH", ""), "/usr/local/cuda"]
     folders = [folder for path in sys.path for folder in sorted(Path(path).glob("nvidia/*/include"))]
     folders += [Path(root) / "include" for root in roots if root]

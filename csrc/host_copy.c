@@ -347,6 +347,7 @@ int host_copy_submit(pool* p, job* j, const host_copy_request* request) {
   }
   *j = (job){.request = *request, .owner = p};
   cut_into_grains(j);
+  if (request->kind != COPY && j->request.rows > 1) return EINVAL;  // something lies between them
   atomic_init(&j->left, j->grains);
   if (!j->grains) {
     j->start_ns = j->end_ns = now_ns();

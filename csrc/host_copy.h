@@ -14,9 +14,9 @@
 enum { COPY, READ_FILE, WRITE_FILE, kNumKinds };
 enum { NO_CAST, FP32_TO_BF16, FP32_TO_FP16, BF16_TO_FP32, FP16_TO_FP32, kNumCasts };
 
-// `rows` rows of `length` elements (with a cast) or bytes (without), `*_stride` bytes from one row to the next. What
-// is read from a file or written to one is one row: READ_FILE takes the file for the source, WRITE_FILE for the target,
-// both from byte `offset` on.
+// `rows` rows of `length` elements (with a cast) or bytes (without), `*_stride` bytes from one row to the next.
+// READ_FILE takes a file for the source, WRITE_FILE for the target, both from byte `offset` on; there, nothing lies
+// between rows at either end.
 typedef struct {
   int32_t kind, cast, streaming, fresh, fd;
   void* target;

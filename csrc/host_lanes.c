@@ -66,9 +66,8 @@ typedef struct {
   int64_t device_start_ns, device_end_ns;
 } host_lanes_span;
 
-// `host` describes the rows on the host as a copy job does; where that names the piece, pieces take the place. Rows in
-// a file are `source_stride` or `target_stride` bytes apart, with nothing between them. In device memory and in pieces
-// rows follow one another.
+// `host` describes the rows on the host as a copy job does; where that names the piece, pieces take the place. In
+// device memory and in pieces rows follow one another.
 typedef struct {
   host_copy_request host;
   uint64_t device;
@@ -200,20 +199,21 @@ static int failed(const transfer* t) { return t->result.error || t->result.devic
 static void begin_host_copy(host_lanes* s, piece* p) {
   const host_lanes_request* r = &p->of->request;
   host_copy_request copy = r->host;
+  int64_t skipped = p->first * (r->out ? copy.target_stride : copy.source_stride);
+  copy.rows = p->rows;
   if (r->out) {
     copy.source = p->memory;
     copy.source_stride = r->row_bytes;
-    copy.target = (char*)r->host.target + p->first * r->host.target_stride;
   } else {
     copy.target = p->memory;
     copy.target_stride = r->row_bytes;
-    copy.source = (const char*)r->host.source + p->first * r->host.source_stride;
   }
-  copy.rows = p->rows;
   if (copy.kind != COPY) {
-    copy.offset += p->first * (r->out ? r->host.target_stride : r->host.source_stride);
-    copy.length *= p->rows;
-    copy.rows = 1;
+    copy.offset += skipped;
+  } else if (r->out) {
+    copy.target = (char*)copy.target + skipped;
+  } else {
+    copy.source = (const char*)copy.source + skipped;
   }
   p->range = begin_range(r->out ? DRAIN : FILL, r->chunk);
   int error = host_copy_submit(s->workers, p->copy, &copy);

@@ -51,9 +51,8 @@ def test_native_library_is_built_wherever_there_is_a_compiler() -> None:
         pytest.skip("no C compiler")
     library, reason = native._library()
     assert library is not None, f"the native copy workers are {reason}; pip install -e . builds them"
-    sources = [
-        (ROOT / "csrc" / name).read_bytes() for name in ("host_copy.c", "host_lanes.c", "host_copy.h", "host_move.h")
-    ]
+    names = ("host_copy.c", "host_copy.h", "host_lanes.c", "host_move.h")
+    sources = [(ROOT / "csrc" / name).read_bytes() for name in names]
     assert library.host_copy_source().decode() == hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 

@@ -17,7 +17,7 @@ from pipeline.arrays import HostArray, address_of
 from pipeline.devices.base import NativeCopies
 from pipeline.errors import PipelineError
 from pipeline.io.jobs import Job
-from pipeline.io.native import NativeWorkers, Request, chunk_request
+from pipeline.io.native import NativeWorkers, Request, copy_request
 from pipeline.io.rows import SourceRows, TargetRows
 from pipeline.io.staging import Ring
 
@@ -146,7 +146,7 @@ class Lanes:
         Nothing else may use the buffer until the transfer is done.
         """
         job = source.fill(0, _stand_in(self._ring_in, rows))
-        host = chunk_request(job, rows)
+        host = copy_request(job)
         if host is None:
             return None
         what = f"H2D copy of slot {slot}"
@@ -156,7 +156,7 @@ class Lanes:
         """Copy rows from the slot's output buffer to where they go, once the slot's last kernel is done; None where the
         workers in C can't write them."""
         job = target.drain(0, _stand_in(self._ring_out, rows))
-        host = chunk_request(job, rows)
+        host = copy_request(job)
         if host is None:
             return None
         what, after = f"D2H copy of slot {slot}", self.copies.after_kernel(slot)

@@ -26,7 +26,6 @@ _CASTS: dict[Cast | None, int] = {
     Cast(BFLOAT16, FLOAT32): 3,
     Cast(FLOAT16, FLOAT32): 4,
 }
-_SOURCES = ("host_copy.c", "host_lanes.c", "host_copy.h", "host_move.h")
 INSTRUCTIONS = {"best": 0, "AVX2": 1, "portable": 2}  # at most these
 
 
@@ -68,7 +67,8 @@ def _library() -> tuple[Any, str]:
     if not built:
         return None, "not built: no C compiler when the package was installed"
     sources = next((folder for folder in (package / "csrc", package.parent / "csrc") if folder.is_dir()), package)
-    digest = hashlib.sha256(b"".join((sources / name).read_bytes() for name in _SOURCES)).hexdigest()[:16]
+    files = sorted(sources.glob("host_*.[ch]"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     reason = ""
     for path in built:
         try:
@@ -166,7 +166,7 @@ class NativeWorkers:
 
     def submit(self, work: Job) -> Operation:
         self._check_open()
-        request = _request(work)
+        request = copy_request(work)
         if request is None:
             self._by_numpy += 1
             return self._threads.submit(work)
@@ -183,7 +183,7 @@ class NativeWorkers:
 
     def run(self, work: Job) -> None:
         self._check_open()
-        request = _request(work)
+        request = copy_request(work)
         if request is None:
             work()
         else:
@@ -215,7 +215,7 @@ def _close_pool(library: Any, pool: int, pid: int) -> None:
         library.host_copy_close(pool)
 
 
-def _request(work: Job) -> Request | None:
+def copy_request(work: Job) -> Request | None:
     """What the native pool is asked for, or None where it can't do the job."""
     if not isinstance(work, (CopyJob, ReadJob, WriteJob)) or work.cast not in _CASTS:
         return None
@@ -239,26 +239,14 @@ def _request(work: Job) -> Request | None:
     if work.strides is not None or work.swapped:
         return None
     rows = work.target if isinstance(work, ReadJob) else work.source
-    length = rows.nbytes if cast == 0 else rows.size
-    request = Request(cast=cast, fd=work.fd, rows=1, length=length, offset=work.position)
+    length = rows.shape[1] * (1 if cast else rows.itemsize)
+    request = Request(cast=cast, fd=work.fd, rows=len(rows), length=length, offset=work.position)
     if isinstance(work, ReadJob):
-        request.kind, request.target = _READ_FILE, address_of(rows)
+        request.kind, request.target, request.target_stride = _READ_FILE, address_of(rows), rows.strides[0]
+        request.source_stride = length * (work.cast.source.itemsize if work.cast else 1)
     else:
-        request.kind, request.source = _WRITE_FILE, address_of(rows)
-    return request
-
-
-def chunk_request(job: Job, rows: int) -> Request | None:
-    """The same for a job of `rows` whole rows of which parts will be done: rows of files are told apart as well."""
-    request = _request(job)
-    if request is None or request.kind == _COPY:
-        return request
-    assert isinstance(job, (ReadJob, WriteJob))
-    request.rows, request.length = rows, request.length // rows
-    if isinstance(job, ReadJob):
-        request.source_stride = request.length * (job.cast.source.itemsize if job.cast else 1)
-    else:
-        request.target_stride = request.length * (job.cast.target.itemsize if job.cast else 1)
+        request.kind, request.source, request.source_stride = _WRITE_FILE, address_of(rows), rows.strides[0]
+        request.target_stride = length * (work.cast.target.itemsize if work.cast else 1)
     return request
 
 
