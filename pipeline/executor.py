@@ -29,7 +29,7 @@ from pipeline.devices.base import Device, DeviceRows, Operation, Workers
 from pipeline.errors import DeviceError, uninterrupted
 from pipeline.instrument import Ranges, Recorder
 from pipeline.io.jobs import Job
-from pipeline.io.lanes import Lanes, Transfer, show_in_profiles
+from pipeline.io.lanes import StagingLanes, Transfer, show_in_profiles
 from pipeline.io.native import NativeWorkers
 from pipeline.io.rows import Chunk, Feed, Sink, SourceRows, TargetRows
 from pipeline.io.staging import Ring
@@ -63,8 +63,7 @@ class _Flight:
     landed: int = 0
     pending: int = 0  # operations queued and not yet seen to be done
     failed: bool = False
-    loading: bool = False  # by the lanes in C
-    loaded_s: float = float("-inf")  # when they were through
+    load: Transfer | None = None  # where C brings its rows to the device
 
 
 @dataclass(slots=True, eq=False)
@@ -72,11 +71,25 @@ class _Step:
     """One operation of a flight in a lane, with the rows [first, first + rows) of its chunk and the piece it uses."""
 
     flight: _Flight
-    operation: Operation | Transfer
+    operation: Operation
     first: int
     rows: int
     piece: int | None = None
     range: Any = None  # of a profiler, for work that other threads do
+
+
+class _LoadedFirst:
+    """A kernel behind a transfer of the staging lanes: it began when that had ended, at the earliest."""
+
+    def __init__(self, kernel: Operation, load: Transfer) -> None:
+        self._kernel, self._load = kernel, load
+
+    def done(self) -> bool:
+        return self._load.is_over and self._kernel.done()
+
+    def times(self) -> tuple[float, float]:
+        start_s, end_s = self._kernel.times()
+        return min(end_s, max(start_s, self._load.times()[1])), end_s
 
 
 Lane = deque[_Step]
@@ -109,7 +122,7 @@ class Executor:
         self.workers, self.staging = workers, staging
         self.ring_in, self.ring_out = self._rings()
         self._lanes_rings = self._rings()
-        self._lanes: Lanes | None = None
+        self._lanes: StagingLanes | None = None
 
     def _rings(self) -> tuple[Ring, Ring]:
         def ring(features: int, dtype: DType) -> Ring:
@@ -118,14 +131,14 @@ class Executor:
 
         return ring(self._layer.in_features, self._layer.dtype), ring(self._layer.out_features, self._out_dtype)
 
-    def _lanes_in_c(self) -> Lanes | None:
+    def _lanes_in_c(self) -> StagingLanes | None:
         """What moves pieces in C, from its first use on; None where the loop has to: also for a profiler that wouldn't
         see what C does."""
         workers = self.workers
         if self._lanes is None and isinstance(workers, NativeWorkers):
             copies = self.device.native_copies()
             if copies is not None and (show_in_profiles(workers) or not self._ranges.active):
-                self._lanes = Lanes(workers, copies, *self._lanes_rings)
+                self._lanes = StagingLanes(workers, copies, *self._lanes_rings)
         return self._lanes
 
     @property
@@ -252,8 +265,8 @@ class Executor:
             source, ring = flight.source, self.ring_in
             if flight.failed or isinstance(source, DeviceRows):
                 continue
-            if flight.fill_started == 0 and self._load(flight, source):
-                moved = True
+            if flight.fill_started == 0:
+                moved |= self._load(flight, source)
             while flight.fill_started < flight.chunk.rows and ring.available:
                 first = flight.fill_started
                 rows = min(ring.piece_rows, flight.chunk.rows - first)
@@ -272,21 +285,19 @@ class Executor:
         if transfer is None:
             return False
         self._queue(self._loading, flight, transfer, 0, chunk.rows, None)
-        flight.fill_started, flight.loading = chunk.rows, True
+        flight.fill_started, flight.load = chunk.rows, transfer
         return True
 
     def _start_kernels(self) -> bool:
         """Queue the kernels of chunks whose last copy to the device the lanes have queued, behind that copy."""
         moved = False
         for step in self._loading:
-            flight, transfer = step.flight, step.operation
+            flight = step.flight
             if flight.kernel_queued:
                 continue
-            assert isinstance(transfer, Transfer) and self._lanes is not None
-            event = transfer.queued()
-            if event is None:
+            assert flight.load is not None
+            if not flight.load.let_kernel_follow(flight.slot):
                 break
-            self._lanes.copies.before_kernel(flight.slot, event)
             self._compute(flight)
             moved = True
         return moved
@@ -296,7 +307,6 @@ class Executor:
         for step in self._finished(self._loading, "H2D", self._in_row_bytes, host_stage="fill"):
             moved = True
             flight = step.flight
-            flight.loading = False
             flight.uploaded = flight.upload_done = step.rows
             if flight.chunk.release is not None:
                 flight.chunk.release()
@@ -344,6 +354,8 @@ class Executor:
         source = flight.source if isinstance(flight.source, DeviceRows) else None
         target = flight.target if isinstance(flight.target, DeviceRows) else None
         operation = self._call("kernel", chunk, self.device.compute, flight.slot, chunk.rows, chunk.row, source, target)
+        if flight.load is not None:
+            operation = _LoadedFirst(operation, flight.load)
         self._queue(self._running, flight, operation, 0, chunk.rows, None)
         flight.kernel_queued = True
 
@@ -364,7 +376,7 @@ class Executor:
                 break  # rows leave in the order in which they came
             if flight.failed or isinstance(target, DeviceRows):
                 continue
-            if flight.in_place_target is None and flight.download_started == 0 and self._lanes_in_c() is not None:
+            if flight.in_place_target is None and flight.download_started == 0:
                 moved |= self._store(flight, target)
             while flight.download_started < flight.chunk.rows:
                 first, piece = flight.download_started, None
@@ -453,7 +465,7 @@ class Executor:
             raise
 
     def _queue(
-        self, lane: Lane, flight: _Flight, operation: Operation | Transfer, first: int, rows: int, piece: int | None
+        self, lane: Lane, flight: _Flight, operation: Operation, first: int, rows: int, piece: int | None
     ) -> None:
         flight.pending += 1
         lane.append(_Step(flight, operation, first, rows, piece))
@@ -463,17 +475,13 @@ class Executor:
         transfers, what copy workers do."""
         while lane:
             step = lane[0]
-            if lane is self._running and step.flight.loading:
-                return  # what the kernel waited for isn't known yet
             try:
                 if not step.operation.done():
                     return
                 if isinstance(step.operation, Transfer):
-                    self._record_pieces(step, stage, host_stage or stage, row_bytes)
+                    self._record_pieces(step.operation, step.flight.chunk, stage, host_stage or stage, row_bytes)
                 else:
-                    start_s, end_s = step.operation.times()
-                    start_s = min(end_s, max(start_s, step.flight.loaded_s)) if lane is self._running else start_s
-                    self._record(stage, step.flight.chunk, start_s, end_s, step.rows * row_bytes)
+                    self._record(stage, step.flight.chunk, *step.operation.times(), step.rows * row_bytes)
             except DeviceError as error:
                 if stage in ("H2D", "kernel", "D2H"):
                     _noted(error, stage, step.flight.chunk)
@@ -491,14 +499,11 @@ class Executor:
     def _record(self, stage: str, chunk: Chunk, start_s: float, end_s: float, n_bytes: int) -> None:
         self._recorder.add(stage, chunk.index, start_s, end_s, n_bytes)
 
-    def _record_pieces(self, step: _Step, device_stage: str, host_stage: str, row_bytes: int) -> None:
-        assert isinstance(step.operation, Transfer)
-        for span in step.operation.spans():
+    def _record_pieces(self, transfer: Transfer, chunk: Chunk, stage: str, host_stage: str, row_bytes: int) -> None:
+        for span in transfer.spans():
             n_bytes = span.rows * row_bytes
-            self._record(host_stage, step.flight.chunk, span.host_start_s, span.host_end_s, n_bytes)
-            self._record(device_stage, step.flight.chunk, span.device_start_s, span.device_end_s, n_bytes)
-        if host_stage == "fill":
-            step.flight.loaded_s = span.device_end_s
+            self._record(host_stage, chunk, span.host_start_s, span.host_end_s, n_bytes)
+            self._record(stage, chunk, span.device_start_s, span.device_end_s, n_bytes)
 
     def _give_back(self, ring: Ring, step: _Step) -> None:
         if step.piece is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ from pipeline.devices.cpu import CpuDevice
 from pipeline.errors import DriverError, FileFormatError, PipelineError
 from pipeline.instrument import STAGE_COLORS, STAGES, Ranges
 from pipeline.io import native
-from pipeline.io.lanes import Lanes
+from pipeline.io.lanes import StagingLanes
 from pipeline.io.native import NativeWorkers
 from pipeline.io.rows import ArrayRows
 from pipeline.layer import FusedLinear
@@ -310,7 +311,7 @@ def test_lanes_of_two_devices_share_the_workers(monkeypatch: pytest.MonkeyPatch)
         assert pipe._lanes[0].workers is pipe._lanes[1].workers
 
 
-def test_lanes_end_their_thread_when_forgotten() -> None:
+def test_lanes_end_their_thread_when_closed_and_when_forgotten() -> None:
     def lanes_threads() -> int:
         names = (Path(f"/proc/self/task/{each.name}/comm").read_text() for each in Path("/proc/self/task").iterdir())
         return sum(name.strip() == "pipeline-lanes" for name in names)
@@ -321,10 +322,17 @@ def test_lanes_end_their_thread_when_forgotten() -> None:
     pipe.run(x)
     assert lanes_threads() == before + 1
     lanes = pipe._lanes[0].executor._lanes
-    assert isinstance(lanes, Lanes)
+    assert isinstance(lanes, StagingLanes)
     pipe.close()
     assert lanes_threads() == before
     lanes.close()  # again
+
+    forgotten = open_pipeline(layer)
+    forgotten.run(x)
+    assert lanes_threads() == before + 1
+    del forgotten
+    gc.collect()
+    assert lanes_threads() == before
 
 
 PROFILED = """

@@ -80,15 +80,18 @@ class Span(NamedTuple):
 class Transfer:
     """A chunk on its way through a lane. An interrupt may come between any two of its steps."""
 
-    def __init__(self, lanes: Lanes, job: Job, rows: int, piece_rows: int, what: str) -> None:
+    def __init__(self, lanes: StagingLanes, job: Job, rows: int, piece_rows: int, what: str) -> None:
         self._lanes, self._job, self._rows, self._piece_rows, self._what = lanes, job, rows, piece_rows, what
         self.memory = ctypes.create_string_buffer(lanes.transfer_bytes)
         self.spans_ns = np.zeros((-(-rows // piece_rows), 4), np.int64)
+        self.is_over = False  # as `done` has seen
 
-    def queued(self) -> int | None:
-        """Of a load: the event behind its last copy to the device, once all are queued."""
-        event: int | None = self._lanes.library.host_lanes_queued(self.memory)
-        return event
+    def let_kernel_follow(self, slot: int) -> bool:
+        """Of a load: let the slot's next kernel wait for its copies, if all of them are queued. Whether they are."""
+        event = self._lanes.library.host_lanes_queued(self.memory)
+        if event is not None:
+            self._lanes.copies.before_kernel(slot, event)
+        return event is not None
 
     def done(self) -> bool:
         """Whether the chunk is through.
@@ -101,6 +104,7 @@ class Transfer:
         if not self._lanes.library.host_lanes_done(self.memory, ctypes.byref(result)):
             return False
         self._lanes.forget(self)
+        self.is_over = True
         if result.device_error:
             raise self._lanes.copies.error(self._what, result.device_error)
         if result.error:
@@ -109,6 +113,10 @@ class Transfer:
         if result.cancelled:
             raise PipelineError(f"the {self._what} was cancelled")
         return True
+
+    def times(self) -> tuple[float, float]:
+        """When the first of its copies began and the last one ended, in seconds of time.perf_counter."""
+        return float(self.spans_ns.min()) * 1e-9, float(self.spans_ns.max()) * 1e-9
 
     def spans(self) -> list[Span]:
         """When each piece was copied; only once the transfer is done."""
@@ -124,7 +132,7 @@ def show_in_profiles(workers: NativeWorkers) -> bool:
     return bool(workers.library.host_lanes_have_ranges())
 
 
-class Lanes:
+class StagingLanes:
     """Both lanes of one device: a ring of pinned pieces each, allocated at first use, and a thread."""
 
     def __init__(self, workers: NativeWorkers, copies: NativeCopies, ring_in: Ring, ring_out: Ring) -> None:
