@@ -14,14 +14,7 @@ static ssize_t troubled_pwrite(int fd, const void* source, size_t bytes, off_t o
 #define HOST_COPY_PREAD troubled_pread
 #define HOST_COPY_PWRITE troubled_pwrite
 #include "../../csrc/host_copy.c"
-
-#define CHECK(condition)                                                \
-  do {                                                                  \
-    if (!(condition)) {                                                 \
-      fprintf(stderr, "line %d: %s is not so\n", __LINE__, #condition); \
-      abort();                                                          \
-    }                                                                   \
-  } while (0)
+#include "stress.h"
 
 // One call in three moves a part only, one in seven is interrupted; `broken`
 // makes all fail from its position on.
@@ -48,15 +41,6 @@ static ssize_t troubled_pread(int fd, void* target, size_t bytes, off_t offset) 
 
 static ssize_t troubled_pwrite(int fd, const void* source, size_t bytes, off_t offset) {
   return trouble(&bytes, offset) ? -1 : pwrite(fd, source, bytes, offset);
-}
-
-typedef struct {
-  uint64_t state;
-} dice;
-
-static uint64_t roll(dice* d, uint64_t sides) {
-  d->state = d->state * 6364136223846793005u + 1442695040888963407u;
-  return (d->state >> 33) % sides;
 }
 
 static job* submitted(pool* p, const host_copy_request* request) {

@@ -10,23 +10,7 @@
 #include "../../csrc/host_copy.c"
 #include "../../csrc/host_lanes.c"
 #include "fake_driver.c"
-
-#define CHECK(condition)                                                \
-  do {                                                                  \
-    if (!(condition)) {                                                 \
-      fprintf(stderr, "line %d: %s is not so\n", __LINE__, #condition); \
-      abort();                                                          \
-    }                                                                   \
-  } while (0)
-
-typedef struct {
-  uint64_t state;
-} dice;
-
-static uint64_t roll(dice* d, uint64_t sides) {
-  d->state = d->state * 6364136223846793005u + 1442695040888963407u;
-  return (d->state >> 33) % sides;
-}
+#include "stress.h"
 
 enum { kElements = 64, kMostRows = 40, kTransfers = 6 };
 
@@ -47,7 +31,8 @@ static void make_transfer(moved* m, dice* d, int kind) {
   int out = (int)roll(d, 2), cast = (int)roll(d, 2), file = kind == ANY && roll(d, 2);
   if (kind == FROM_EMPTY_FILE) out = cast = 0;
   int64_t rows = (int64_t)roll(d, kMostRows) + 1, row_bytes = kElements * (cast ? 2 : 4);
-  int64_t stride = kElements * 4 + (file ? 0 : (int64_t)roll(d, 3) * 4);
+  int in_memory = !file && kind != FROM_EMPTY_FILE;
+  int64_t stride = kElements * 4 + (in_memory ? (int64_t)roll(d, 3) * 4 : 0);
   m->host = calloc(1, (size_t)(rows * stride));
   m->device = calloc(1, (size_t)(rows * row_bytes));
   m->expected = calloc(1, (size_t)(rows * stride));
