@@ -235,7 +235,11 @@ def peer_contenders(bench: Bench, quick: bool) -> dict[str, tuple[Contender, Any
     try:
         import nvidia.dali  # noqa: F401
 
-        contenders["DALI, external source, 4096 rows"] = (lambda: peers.dali_source(torch, forward, x, y, 4096), y)
+        dali_rows = fastest(lambda n: peers.dali_source(torch, forward, *part, n))
+        contenders[f"DALI, external source, {dali_rows} rows"] = (
+            lambda: peers.dali_source(torch, forward, x, y, dali_rows),
+            y,
+        )
     except ImportError:
         print("DALI isn't installed: no row for it")
     if not quick:
