@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import hashlib
@@ -325,6 +326,18 @@ def test_workers_that_cannot_load_are_replaced_and_the_report_says_why(
     assert "NumPy" in result.stats.copy_workers and reason in result.stats.copy_workers
     with pytest.raises(PipelineError, match=reason):
         NativeWorkers(1)
+
+
+def test_rows_with_gaps_are_refused_for_files(tmp_path: Path) -> None:
+    path = tmp_path / "rows"
+    path.write_bytes(bytes(4 * 5 * 4))
+    with open(path, "rb") as file, contextlib.closing(NativeWorkers(1)) as workers:
+        job = ReadJob(np.empty((4, 9), np.float32)[:, :5], file.fileno(), 0, path)
+        with pytest.raises(PipelineError, match="refused: Invalid argument"):
+            workers.submit(job)
+        whole = np.ones((4, 5), np.float32)
+        workers.run(ReadJob(whole, file.fileno(), 0, path))
+        assert not whole.any(), "and go on"
 
 
 def test_workers_that_cannot_start_say_so() -> None:

@@ -1,7 +1,7 @@
 """Staging lanes in C (csrc/host_lanes.c): chunks between the host's rows and a device's slots, through pinned pieces.
 
-The executor gives whole chunks and hears when they are through. What happens to their pieces, hundreds of microseconds
-each, happens in C: Python takes about a hundred to notice that a copy is done and to queue the next one.
+The executor gives whole chunks and hears when they are through. What happens to their pieces happens in C: Python took
+100 to 150 us for a piece in and one out (H200 host), in which the bus moves 4 MiB and more each way.
 """
 
 from __future__ import annotations
