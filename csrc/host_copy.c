@@ -14,10 +14,14 @@
 // and of its request belongs to the caller, who keeps it until the job is done. All functions may be called from any
 // thread, but for one job at a time from one only.
 //
-// Streaming stores (past the caches) are for targets that nobody reads soon. `fresh` targets have never been written:
-// the system maps and clears their pages while they are. Their grains are whole huge pages, so that each is mapped by
-// one worker; several at once would each clear a page and throw all but one away (measured with two: 0.8 instead of
-// 12 GB/s).
+// Jobs that write the caller's memory or files (drains) queue apart from the others (fills). A worker takes a grain of
+// each, if there are, and moves them by turns, block by block: the one waits for what it reads from memory, the other
+// for what it writes there.
+//
+// Streaming stores (past the caches) are for targets that nobody reads soon, so they tell a drain. `fresh` targets have
+// never been written: the system maps and clears their pages while they are. Their grains are whole huge pages, so that
+// each is mapped by one worker; several at once would each clear a page and throw all but one away (measured with two:
+// 0.8 instead of 12 GB/s).
 //
 // Called through ctypes (pipeline/io/native.py) and by the staging lanes (host_lanes.c).
 
@@ -57,11 +61,16 @@ struct job {
   atomic_int done;
 };
 
+typedef struct {
+  job *first, *last;
+} queue;
+
 struct pool {
   const instructions* isa;
   pthread_mutex_t lock;
   pthread_cond_t work, finished;
-  job *first, *last;    // queued
+  queue queues[2];      // of fills and of drains
+  int turn;             // the queue that is asked first
   atomic_llong queued;  // grains nobody has taken: what idle workers look at
   int sleeping;         // workers that wait for `work`
   int waiting;          // threads in host_copy_wait
@@ -74,6 +83,7 @@ struct pool {
 // --- grains ----------------------------------------------------------------------------------------------------------
 
 enum { kGrainBytes = 256 << 10 };                // copies: small enough to share a piece, large enough for the bus
+enum { kBlockBytes = 16 << 10 };                 // stays in the core's own cache
 static const int64_t kFileGrainBytes = 1 << 20;  // of one system call
 static const int64_t kHugePageBytes = 2 << 20;   // of x86-64, and of ARM with pages of 4 KiB
 static const int64_t kSpinNs = 200000;           // as long as the bus takes for a piece: until the next job comes
@@ -191,42 +201,87 @@ static void move_file_grain(job* j, int64_t first, int64_t length, char* scratch
   }
 }
 
-static void run_grain(job* j, int64_t grain, char* scratch) {
+// What a worker has taken: `length` elements from the `first` on of each of some rows. Of row `row` `at` are moved.
+typedef struct {
+  job* of;
+  int64_t row, end, first, length, at;
+} grain;
+
+static grain grain_of(job* j, int64_t number) {
   const host_copy_request* r = &j->request;
-  int64_t row = grain / j->grains_a_row, rows = 1, first = 0, length = r->length;
   if (j->grains_a_row > 1) {
-    int64_t begin = grain % j->grains_a_row * j->grain_length - j->missing, end = begin + j->grain_length;
-    first = larger(begin, 0);
-    length = (end < r->length ? end : r->length) - first;
-  } else {
-    row = grain * j->rows_a_grain;
-    rows = r->rows - row < j->rows_a_grain ? r->rows - row : j->rows_a_grain;
+    int64_t begin = number % j->grains_a_row * j->grain_length - j->missing, end = begin + j->grain_length;
+    int64_t row = number / j->grains_a_row, first = larger(begin, 0);
+    return (grain){j, row, row + 1, first, (end < r->length ? end : r->length) - first, 0};
   }
-  if (r->kind != COPY) {
-    if (!atomic_load(&j->error)) move_file_grain(j, first, length, scratch);
-  } else {
-    for (int64_t i = row; i < row + rows; i++) {
-      char* target = (char*)r->target + i * r->target_stride + first * target_itemsize(r->cast);
-      const char* source = (const char*)r->source + i * r->source_stride + first * source_itemsize(r->cast);
-      copy_row(j->owner->isa, r->cast, r->streaming, target, source, length);
-    }
+  int64_t row = number * j->rows_a_grain, end = row + j->rows_a_grain;
+  return (grain){j, row, end < r->rows ? end : r->rows, 0, r->length, 0};
+}
+
+// Copies the next block; 0 where there is none.
+static int move_block(grain* g) {
+  if (g->row == g->end) return 0;
+  job* j = g->of;
+  const host_copy_request* r = &j->request;
+  int64_t source_size = source_itemsize(r->cast), target_size = target_itemsize(r->cast);
+  for (int64_t room = kBlockBytes / larger(source_size, target_size); room && g->row < g->end;) {
+    int64_t first = g->first + g->at, length = g->length - g->at;
+    if (length > room) length = room;
+    char* target = (char*)r->target + g->row * r->target_stride + first * target_size;
+    const char* source = (const char*)r->source + g->row * r->source_stride + first * source_size;
+    copy_row(j->owner->isa, r->cast, r->streaming, target, source, length);
+    room -= length;
+    g->at += length;
+    if (g->at == g->length) g->row++, g->at = 0;
   }
+  return 1;
+}
+
+static void run_grain(grain* g, char* scratch) {
+  job* j = g->of;
+  if (j->request.kind == COPY) {
+    while (move_block(g)) continue;
+  } else if (!atomic_load(&j->error)) {
+    move_file_grain(j, g->first, g->length, scratch);
+  }
+}
+
+// Of copies.
+static void run_by_turns(grain* a, grain* b) {
+  while (move_block(a) | move_block(b)) continue;
 }
 
 // --- the pool --------------------------------------------------------------------------------------------------------
 
-// The next grain of the oldest job, or NULL. Called with the lock held.
-static job* take_grain(pool* p, int64_t* grain) {
-  job* j = p->first;
-  if (!j) return NULL;
+// The next grain of the queue's oldest job. Called with the lock held.
+static grain take_from(pool* p, queue* q) {
+  job* j = q->first;
   if (!j->taken) j->start_ns = now_ns();
-  *grain = j->taken++;
+  grain g = grain_of(j, j->taken++);
   atomic_fetch_sub(&p->queued, 1);
   if (j->taken == j->grains) {
-    p->first = j->after;
-    if (!j->after) p->last = NULL;
+    q->first = j->after;
+    if (!j->after) q->last = NULL;
   }
-  return j;
+  return g;
+}
+
+// NOTE: not where the system clears pages for a target: the other grain would wait for that.
+static int goes_by_turns(const job* j) { return j && j->request.kind == COPY && !j->request.fresh; }
+
+// One grain, or two to move by turns; how many. Called with the lock held.
+static int take_grains(pool* p, grain* taken) {
+  queue *fills = &p->queues[0], *drains = &p->queues[1];
+  if (goes_by_turns(fills->first) && goes_by_turns(drains->first)) {
+    taken[0] = take_from(p, fills);
+    taken[1] = take_from(p, drains);
+    return 2;
+  }
+  p->turn = !p->turn;
+  queue* q = &p->queues[p->queues[p->turn].first ? p->turn : !p->turn];
+  if (!q->first) return 0;
+  taken[0] = take_from(p, q);
+  return 1;
 }
 
 static void end_job(job* j) {
@@ -237,6 +292,14 @@ static void end_job(job* j) {
   atomic_store(&j->done, 1);  // from here on the caller may free the job
   if (p->waiting) pthread_cond_broadcast(&p->finished);
   pthread_mutex_unlock(&p->lock);
+}
+
+static void end_grain(job* j) {
+  fence_streaming();
+  if (atomic_fetch_sub(&j->left, 1) > 1) return;
+  host_copy_request request = j->request;
+  end_job(j);
+  start_writing(&request);
 }
 
 // Waits actively, for a while, until there are grains.
@@ -272,20 +335,20 @@ static void* work(void* argument) {
   pool* p = argument;
   for (;;) {
     spin(p);
-    int64_t grain = 0;
+    grain taken[2];
+    int count;
     pthread_mutex_lock(&p->lock);
-    job* j;
-    while (!(j = take_grain(p, &grain)) && !p->closing) sleep_until_work(p);
-    int wake = p->first && p->sleeping;
+    while (!(count = take_grains(p, taken)) && !p->closing) sleep_until_work(p);
+    int wake = (p->queues[0].first || p->queues[1].first) && p->sleeping;
     pthread_mutex_unlock(&p->lock);
     if (wake) pthread_cond_signal(&p->work);
-    if (!j) return NULL;
-    run_grain(j, grain, scratch);
-    if (atomic_fetch_sub(&j->left, 1) == 1) {
-      host_copy_request request = j->request;
-      end_job(j);
-      start_writing(&request);
+    if (!count) return NULL;
+    if (count == 2) {
+      run_by_turns(&taken[0], &taken[1]);
+    } else {
+      run_grain(&taken[0], scratch);
     }
+    for (int i = 0; i < count; i++) end_grain(taken[i].of);
   }
 }
 
@@ -354,13 +417,14 @@ int host_copy_submit(pool* p, job* j, const host_copy_request* request) {
     atomic_store(&j->done, 1);
     return 0;
   }
+  queue* q = &p->queues[request->streaming || request->kind == WRITE_FILE];
   pthread_mutex_lock(&p->lock);
-  if (p->last) {
-    p->last->after = j;
+  if (q->last) {
+    q->last->after = j;
   } else {
-    p->first = j;
+    q->first = j;
   }
-  p->last = j;
+  q->last = j;
   p->pending++;
   atomic_fetch_add(&p->queued, j->grains);
   int wake = p->sleeping;
