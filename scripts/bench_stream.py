@@ -23,6 +23,7 @@ from typing import Any
 import bench_peers as peers
 import numpy as np
 from bench_common import ALLOWED, ALLOWED_CUBLAS, GIB, ROOT, context, random_layer, summary, write_json
+from bench_places import Copier, places
 
 # The result of bf16 arithmetic, relative to 1 + |y|: operands, weights and results are off by 2**-9 of their size.
 ALLOWED_BF16 = 3e-2
@@ -32,17 +33,41 @@ NARROW = ((1024, 8192), (8192, 1024), (512, 512), (16384, 256))  # in_features, 
 Contender = Callable[[], None]
 
 
-class Bench:
-    """The layer, x and y in pinned and ordinary memory, and the float64 result, rounded to float32, on the GPU.
+class Memory:
+    """Six flat float32 arrays of one length: two near and pinned, two near, two far (`Places`)."""
 
-    Ordinary memory is NumPy's, which asks for huge pages; `x` and `y` are torch's views of it.
+    def __init__(self, torch: Any, length: int) -> None:
+        self.copier = Copier()
+        found = places(torch, self.copier, length, near=4, far=2)
+        self.copies_gb_per_s = found.copies_gb_per_s
+        self.near, self.pinned, self.far = found.near[:2], found.near[2:], found.far
+        for array in self.pinned:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0))
+
+    def close(self, torch: Any) -> None:
+        torch.cuda.synchronize()
+        for array in self.pinned:
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(array.ctypes.data))
+        self.copier.close()
+
+
+class Bench:
+    """The layer, x and y in pinned, near and far memory, and the float64 result, rounded to float32, on the GPU.
+
+    All memory is NumPy's, which asks for huge pages; these are torch's views of it.
     """
 
-    def __init__(self, torch: Any, rows: int, in_features: int, out_features: int, precision: str) -> None:
-        self.torch, self.rows, self.precision = torch, rows, precision
+    def __init__(
+        self, torch: Any, memory: Memory, rows: int, in_features: int, out_features: int, precision: str
+    ) -> None:
+        def view(flat: Any, features: int) -> Any:
+            return torch.from_numpy(flat[: rows * features]).view(rows, features)
+
+        self.torch, self.memory, self.rows, self.precision = torch, memory, rows, precision
         self.layer = random_layer(in_features, precision, out_features)
-        self.x_pinned = torch.empty(rows, in_features, pin_memory=True)
-        self.y_pinned = torch.full((rows, out_features), torch.nan, pin_memory=True)
+        self.x_pinned, self.y_pinned = view(memory.pinned[0], in_features), view(memory.pinned[1], out_features)
+        self.x, self.y = view(memory.near[0], in_features), view(memory.near[1], out_features)
+        self.x_far, self.y_far = view(memory.far[0], in_features), view(memory.far[1], out_features)
         torch.manual_seed(0)
         self.want = torch.empty(rows, out_features, device="cuda")
         w, b = (torch.from_numpy(array).cuda().double() for array in (self.layer.weight, self.layer.bias))
@@ -51,8 +76,8 @@ class Bench:
             self.x_pinned[row : row + 8192].copy_(part)
             z = torch.addmm(b, part.double(), w.T)
             self.want[row : row + 8192] = 2.0 * torch.sigmoid(z) + z
-        self.x = torch.from_numpy(np.empty((rows, in_features), np.float32)).copy_(self.x_pinned)
-        self.y = torch.from_numpy(np.empty((rows, out_features), np.float32)).fill_(torch.nan)
+        self.x.copy_(self.x_pinned)
+        self.x_far.copy_(self.x_pinned)
 
     @property
     def bytes_in(self) -> int:
@@ -77,9 +102,15 @@ class Bench:
         return worst
 
     def compare(
-        self, contenders: dict[str, tuple[Contender, Any]], rounds: int, allowed: dict[str, float] | None = None
+        self,
+        contenders: dict[str, tuple[Contender, Any]],
+        rounds: int,
+        allowed: dict[str, float] | None = None,
+        memory: tuple[Any, Any] | None = None,
     ) -> dict[str, Any]:
         """Time the contenders in turns and check what each of them wrote: name -> (run, the tensor it writes).
+
+        `memory`, a source and a target, is copied by the copy workers alone once a round.
 
         A contender runs twice in its turn where it takes less than 3 s, and the second run counts, as with the bare
         copies: the processor's clocks and threads that have rested for seconds take a while to come up. `first_seconds`
@@ -89,7 +120,11 @@ class Bench:
         first_seconds: dict[str, list[float]] = {name: [] for name in contenders}
         worst: dict[str, float] = {}
         ceilings: list[float] = []
+        copies: list[float] = []
         for n in range(rounds):
+            if memory is not None:
+                source, target = (tensor.numpy().reshape(-1) for tensor in memory)
+                copies.append(source.nbytes / self.memory.copier.seconds(target, source) / 1e9)
             order = list(contenders)
             random.shuffle(order)
             for name in order:
@@ -121,6 +156,7 @@ class Bench:
             "bytes_in": self.bytes_in,
             "bytes_out": self.bytes_out,
             "ceiling_s": summary(ceilings),
+            "memory_gb_per_s": summary(copies) if copies else None,
             "contenders": {
                 name: {
                     "seconds": summary(values),
@@ -145,6 +181,11 @@ def show(case: str, found: dict[str, Any]) -> None:
         f"{case}: {found['bytes_in'] / 1e9:.2f} GB in, {found['bytes_out'] / 1e9:.2f} GB out; bare copies "
         f"{gb / ceiling['median']:.1f} GB/s ({gb / ceiling['max']:.1f} to {gb / ceiling['min']:.1f})"
     )
+    if memory := found["memory_gb_per_s"]:
+        print(
+            f"  copy workers alone, array to array: {memory['median']:.1f} GB/s ({memory['min']:.1f} to "
+            f"{memory['max']:.1f})"
+        )
     for name, row in sorted(found["contenders"].items(), key=lambda item: item[1]["seconds"]["median"]):
         seconds = row["seconds"]
         right = "right" if row["right"] else "WRONG RESULT"
@@ -170,7 +211,7 @@ def fastest(run: Callable[[int], None]) -> int:
 
 
 def case_memory(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
-    """Pinned to pinned, ordinary memory to ordinary memory, to a fresh result, and with bf16 on the wire."""
+    """Pinned to pinned, ordinary memory to ordinary memory, near and far, to a fresh result, and bf16 on the wire."""
     from pipeline import FusedLinear, Pipeline
 
     torch = bench.torch
@@ -184,33 +225,38 @@ def case_memory(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         results["pinned to pinned"] = found
         show("pinned to pinned", found)
 
-    x, y = bench.x, bench.y
+    small_pages = bench.x.clone(), torch.zeros_like(bench.y)  # as torch allocates them
     plain = FusedLinear(bench.layer.weight, bench.layer.bias, bench.layer.scaling_factor)  # wire_dtype is its precision
-    small_pages = x.clone(), torch.zeros_like(y)  # as torch allocates them
     with (
         Pipeline(bench.layer, devices="cuda:0") as pipe,
         Pipeline(plain, devices="cuda:0", wire_dtype="bf16") as narrow,
     ):
-        arrays = x.numpy(), y.numpy()
-        for warm in (pipe, narrow):
-            warm.run(*arrays)
-        contenders: dict[str, tuple[Contender, Any]] = {
-            "pipeline": (lambda: pipe.run(*arrays), y),
-            "pipeline, torch's small pages": (lambda: pipe.run(*small_pages), small_pages[1]),
-            "pipeline, wire_dtype bf16": (lambda: narrow.run(*arrays), y),
-        }
-        if not options.no_peers:
-            contenders |= peer_contenders(bench, options.quick)
-        found = bench.compare(contenders, options.rounds, {"pipeline, wire_dtype bf16": ALLOWED_BF16})
-        stats = pipe.run(*arrays).stats
-        found["stats"] = stats.as_dict()
-        found["stats_bf16"] = narrow.run(*arrays).stats.as_dict()
-        results["ordinary to ordinary memory"] = found
-        show("ordinary to ordinary memory", found)
-        print(stats)
+        for case, x, y in (
+            ("ordinary to ordinary memory", bench.x, bench.y),
+            ("far to far memory", bench.x_far, bench.y_far),
+        ):
+            arrays = x.numpy(), y.numpy()
+            for warm in (pipe, narrow):
+                warm.run(*arrays)
+            contenders: dict[str, tuple[Contender, Any]] = {
+                "pipeline": (lambda arrays=arrays: pipe.run(*arrays), y),
+                "pipeline, wire_dtype bf16": (lambda arrays=arrays: narrow.run(*arrays), y),
+            }
+            if x is bench.x:
+                contenders["pipeline, torch's small pages"] = (lambda: pipe.run(*small_pages), small_pages[1])
+                if not options.no_peers:
+                    contenders |= peer_contenders(bench, options.quick)
+            found = bench.compare(contenders, options.rounds, {"pipeline, wire_dtype bf16": ALLOWED_BF16}, (x, y))
+            stats = pipe.run(*arrays).stats
+            found["stats"] = stats.as_dict()
+            found["stats_bf16"] = narrow.run(*arrays).stats.as_dict()
+            results[case] = found
+            show(case, found)
+            print(stats, flush=True)
 
-        found = bench.compare({"pipeline": (lambda: pipe.run(x.numpy()).out, None)}, options.rounds)
-        found["stats"] = pipe.run(x.numpy()).stats.as_dict()
+        x = bench.x.numpy()
+        found = bench.compare({"pipeline": (lambda: pipe.run(x).out, None)}, options.rounds)
+        found["stats"] = pipe.run(x).stats.as_dict()
         results["ordinary memory to a fresh result"] = found
         show("ordinary memory to a fresh result", found)
     return results
@@ -344,7 +390,7 @@ def case_shapes(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     results = {}
     for in_features, out_features in NARROW:
         rows = int(options.gib / 2 * GIB) // (4 * max(in_features, out_features))
-        narrow = Bench(bench.torch, rows, in_features, out_features, bench.precision)
+        narrow = Bench(bench.torch, bench.memory, rows, in_features, out_features, bench.precision)
         with Pipeline(narrow.layer, devices="cuda:0") as pipe:
             pinned = narrow.x_pinned, narrow.y_pinned
             ordinary = narrow.x.numpy(), narrow.y.numpy()
@@ -549,22 +595,36 @@ def run(arguments: argparse.Namespace) -> int:
         print("scripts/bench stream needs a GPU, and torch sees none here", file=sys.stderr)
         return 1
     features = arguments.features
-    bench = Bench(torch, int(arguments.gib * GIB) // (features * 4), features, features, arguments.precision)
+    rows = int(arguments.gib * GIB) // (features * 4)
+    memory = Memory(torch, rows * features)
+    print(
+        "one half of an array copied to the other, GB/s by place: {}".format(
+            ", ".join(f"{rate:.0f}" for rate in memory.copies_gb_per_s)
+        )
+    )
+    bench = Bench(torch, memory, rows, features, features, arguments.precision)
     results: dict[str, Any] = {}
-    document = {"bench": "stream", "context": context(), "features": features, "precision": arguments.precision}
+    document = {
+        "bench": "stream",
+        "context": context(),
+        "features": features,
+        "precision": arguments.precision,
+        "memory_gb_per_s": memory.copies_gb_per_s,
+    }
     for name in arguments.case or [name for name in CASES if name != "sweep"]:
         start = time.perf_counter()
         results[name] = CASES[name](bench, arguments)
         print(f"-- {name} took {time.perf_counter() - start:.0f} s", flush=True)
         write_json(arguments.json, {**document, "results": results})
-    rows = [
+    memory.close(torch)
+    rows_found = [
         row
         for case in results.values()
         for found in case.values()
         if isinstance(found, dict)
         for row in found.get("contenders", {}).values()
     ]
-    return int(not all(row["right"] for row in rows))
+    return int(not all(row["right"] for row in rows_found))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
