@@ -53,9 +53,9 @@ def places(torch: Any, copier: Copier, length: int, near: int, far: int) -> Plac
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * (1 - KEPT_FREE)
     count = min(CANDIDATES, int(available) // (4 * length))
     if count < near + far:
+        need, have = (near + far) * 4 * length / 2**30, available / 2**30
         raise SystemExit(
-            f"{near + far} arrays of {4 * length / 2**30:.1f} GiB don't fit into {available / 2**30:.1f} GiB, what may be "
-            "taken of the free memory: pass a smaller --gib"
+            f"the arrays take {need:.1f} GiB, of the free memory it may take {have:.1f}: a smaller --gib fits"
         )
     arrays = [np.empty(length, np.float32) for _ in range(count)]
     for array in arrays:
