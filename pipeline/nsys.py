@@ -11,7 +11,7 @@ import shutil
 import sqlite3
 import subprocess
 import tempfile
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -145,7 +145,7 @@ class _Range:
 
 
 def read_report(path: str | os.PathLike[str]) -> Timeline:
-    """The timeline of the longest run in the SQLite export of an nsys report.
+    """The timeline of the largest run in the SQLite export of an nsys report: the one with the most copies and kernels.
 
     Raises:
         FileNotFoundError: no such file.
@@ -172,7 +172,7 @@ def _read(database: sqlite3.Connection, path: str) -> Timeline:
     ranges = list(_ranges(database))
     if not any(each.name in STAGES for each in ranges):
         raise FileFormatError(f"{path} holds no NVTX ranges of the domain pipeline: was a pipeline run recorded?")
-    start, end = _longest_run(ranges)
+    start, end = _largest_run(ranges)
     stages = [each for each in ranges if each.name in STAGES and start <= each.start <= end]
     devices: dict[int, list[Interval]] = {}
     chunk_device: dict[int, int] = {}
@@ -249,16 +249,23 @@ def _ranges(database: sqlite3.Connection) -> Iterable[_Range]:
             yield _Range(name, start, end, thread, payload)
 
 
-def _longest_run(ranges: Sequence[_Range]) -> tuple[int, int]:
-    """Start and end of the longest run in nanoseconds, over all its devices; of everything where no run is whole."""
+def _largest_run(ranges: Sequence[_Range]) -> tuple[int, int]:
+    """Start and end in nanoseconds, over all its devices, of the run with the most ranges of stages, the longest of
+    equals; of everything where no run is whole. A short first run can take longer than a large one after it."""
     runs: dict[int, tuple[int, int]] = {}
     for each in ranges:
         if each.name == RUN:
             start, end = runs.get(each.number, (each.start, each.end))
             runs[each.number] = (min(start, each.start), max(end, each.end))
-    if runs:
-        return max(runs.values(), key=lambda run: run[1] - run[0])
-    return min(each.start for each in ranges), max(each.end for each in ranges)
+    if not runs:
+        return min(each.start for each in ranges), max(each.end for each in ranges)
+    starts = sorted(each.start for each in ranges if each.name != RUN)
+
+    def size(run: tuple[int, int]) -> tuple[int, int]:
+        start, end = run
+        return bisect_right(starts, end) - bisect_left(starts, start), end - start
+
+    return max(runs.values(), key=size)
 
 
 class _Calls:

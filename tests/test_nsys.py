@@ -16,13 +16,13 @@ from pipeline.instrument import RUN, Interval
 from pipeline.timeline import device_use
 
 US = 1000
-START = 5_000_000  # of the long run, in ns
+START = 25_000_000  # of the large run, in ns
 
 
 def made_up_report(path: Path, *, kind: int = 59, devices: int = 1, named: bool = True) -> dict[str, list[Interval]]:
-    """A short run and a long one of 8 chunks a device; what the long one's timeline must be."""
+    """A small run that takes longer than the large one of 8 chunks a device; what the large one's timeline must be."""
     export = Export(path, named=named)
-    export.range(RUN, 1_000_000, 1_500_000, 0)
+    export.range(RUN, 1_000_000, 24_000_000, 0)
     export.range("H2D", 1_000_100, 1_000_200, 0)
     export.operation(Interval("H2D", 0, 1.1e-3, 1.2e-3, 64), 1_000_150)
     expected: dict[str, list[Interval]] = {f"cuda:{d}": [] for d in range(devices)}
