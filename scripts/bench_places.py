@@ -48,14 +48,17 @@ class Copier:
         self._workers.close()
 
 
-def places(torch: Any, copier: Copier, length: int, near: int, far: int) -> Places:
-    """Take most of the free memory, and keep the arrays that are copied fastest and slowest."""
+def places(torch: Any, copier: Copier, length: int, near: int, far: int, later: int = 0) -> Places:
+    """Take most of the free memory, and keep the arrays that are copied fastest and slowest.
+
+    Ends the program where memory for them, and for as many as are made `later`, is short.
+    """
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * (1 - KEPT_FREE)
     count = min(CANDIDATES, int(available) // (4 * length))
-    if count < near + far:
-        need, have = (near + far) * 4 * length / 2**30, available / 2**30
+    if count < near + far + later:
+        need, have = (near + far + later) * 4 * length / 2**30, available / 2**30
         raise SystemExit(
-            f"the arrays take {need:.1f} GiB, of the free memory it may take {have:.1f}: a smaller --gib fits"
+            f"the arrays of this bench take {need:.1f} GiB, and {have:.1f} GiB are free for it: pass a smaller --gib"
         )
     arrays = [np.empty(length, np.float32) for _ in range(count)]
     for array in arrays:

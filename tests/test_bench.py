@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from device_tests import random_layer, random_rows
 
 from pipeline import Pipeline
@@ -49,6 +51,24 @@ def test_bench_cpu_checks_every_row(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("right") == 3 and "of the faster loop's speed" in done.stdout
     assert set(json.loads(report.read_text())["results"]) == {"pipeline", "loop, 1024 rows", "loop, 4096 rows"}
+
+
+def test_bench_places_keeps_the_fastest_and_the_slowest_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    bench_places = importlib.import_module("bench_places")
+    gb_per_s = iter([30, 30, 30, 80, 10, 80, 50, 50, 50, 20, 90, 20, *[40] * 24])  # three of each array
+
+    class Copier:
+        def seconds(self, target: Any, source: Any) -> float:
+            assert target.shape == source.shape == (500,) and not np.shares_memory(target, source)
+            source[0] = rate = next(gb_per_s)
+            return float(source.nbytes / 1e9 / rate)
+
+    found = bench_places.places(torch, Copier(), 1000, near=2, far=1, later=1)
+    assert [array[0] for array in (*found.near, *found.far)] == [80, 50, 20]
+    assert found.copies_gb_per_s == pytest.approx([80, 50, *[40] * 8, 30, 20])
+    with pytest.raises(SystemExit, match=r"take 1024\.0 GiB, and \d+\.\d GiB are free for it: pass a smaller --gib"):
+        bench_places.places(torch, Copier(), 2**36, near=2, far=1, later=1)
 
 
 @pytest.mark.parametrize("name", ["kernel", "launch", "stream"])
