@@ -14,9 +14,10 @@
 // and of its request belongs to the caller, who keeps it until the job is done. All functions may be called from any
 // thread, but for one job at a time from one only.
 //
-// Jobs that write the caller's memory or files (drains) queue apart from the others (fills). A worker takes a grain of
-// each, if there are, and moves them by turns, block by block: the one waits for what it reads from memory, the other
-// for what it writes there.
+// Jobs that write the caller's memory or files (drains) queue apart from the others (fills), and workers take from
+// both. Of copies a worker takes a grain of each, where there are, and moves them by turns, block by block: the one
+// waits for what it reads from memory, the other for what it writes there. Reads and writes of files go alone, as do
+// `fresh` targets.
 //
 // Streaming stores (past the caches) are for targets that nobody reads soon, so they tell a drain. `fresh` targets have
 // never been written: the system maps and clears their pages while they are. Their grains are whole huge pages, so that
@@ -70,7 +71,7 @@ struct pool {
   pthread_mutex_t lock;
   pthread_cond_t work, finished;
   queue queues[2];      // of fills and of drains
-  int turn;             // the queue that is asked first
+  int turn;             // the queue that was asked first the last time
   atomic_llong queued;  // grains nobody has taken: what idle workers look at
   int sleeping;         // workers that wait for `work`
   int waiting;          // threads in host_copy_wait
@@ -83,7 +84,7 @@ struct pool {
 // --- grains ----------------------------------------------------------------------------------------------------------
 
 enum { kGrainBytes = 256 << 10 };                // copies: small enough to share a piece, large enough for the bus
-enum { kBlockBytes = 16 << 10 };                 // stays in the core's own cache
+enum { kBlockBytes = 16 << 10 };                 // of a turn; 4 KiB and 64 KiB move less (bf16, H200 host)
 static const int64_t kFileGrainBytes = 1 << 20;  // of one system call
 static const int64_t kHugePageBytes = 2 << 20;   // of x86-64, and of ARM with pages of 4 KiB
 static const int64_t kSpinNs = 200000;           // as long as the bus takes for a piece: until the next job comes
@@ -201,10 +202,12 @@ static void move_file_grain(job* j, int64_t first, int64_t length, char* scratch
   }
 }
 
-// What a worker has taken: `length` elements from the `first` on of each of some rows. Of row `row` `at` are moved.
+// What a worker has taken, and how far it is.
 typedef struct {
   job* of;
-  int64_t row, end, first, length, at;
+  int64_t row, end;       // rows that aren't moved yet
+  int64_t first, length;  // the elements of each of them
+  int64_t at;             // how many of row `row` are moved
 } grain;
 
 static grain grain_of(job* j, int64_t number) {
@@ -218,6 +221,12 @@ static grain grain_of(job* j, int64_t number) {
   return (grain){j, row, end < r->rows ? end : r->rows, 0, r->length, 0};
 }
 
+// As many of `length` elements as end on the boundary of a cache line, all of them where none do.
+static int64_t up_to_a_line(const char* target, int64_t itemsize, int64_t length) {
+  int64_t over = (int64_t)((uintptr_t)(target + length * itemsize) % kLineBytes) / itemsize;
+  return over < length ? length - over : length;
+}
+
 // Copies the next block; 0 where there is none.
 static int move_block(grain* g) {
   if (g->row == g->end) return 0;
@@ -226,13 +235,14 @@ static int move_block(grain* g) {
   int64_t source_size = source_itemsize(r->cast), target_size = target_itemsize(r->cast);
   for (int64_t room = kBlockBytes / larger(source_size, target_size); room && g->row < g->end;) {
     int64_t first = g->first + g->at, length = g->length - g->at;
-    if (length > room) length = room;
     char* target = (char*)r->target + g->row * r->target_stride + first * target_size;
+    if (length > room) length = up_to_a_line(target, target_size, room);
     const char* source = (const char*)r->source + g->row * r->source_stride + first * source_size;
     copy_row(j->owner->isa, r->cast, r->streaming, target, source, length);
     room -= length;
     g->at += length;
-    if (g->at == g->length) g->row++, g->at = 0;
+    if (g->at < g->length) break;
+    g->row++, g->at = 0;
   }
   return 1;
 }
@@ -246,7 +256,7 @@ static void run_grain(grain* g, char* scratch) {
   }
 }
 
-// Of copies.
+// Both are of copies.
 static void run_by_turns(grain* a, grain* b) {
   while (move_block(a) | move_block(b)) continue;
 }
@@ -266,7 +276,7 @@ static grain take_from(pool* p, queue* q) {
   return g;
 }
 
-// NOTE: not where the system clears pages for a target: the other grain would wait for that.
+// NOTE: not where the system clears pages for the target, as far as the caller said so: the other grain would wait.
 static int goes_by_turns(const job* j) { return j && j->request.kind == COPY && !j->request.fresh; }
 
 // One grain, or two to move by turns; how many. Called with the lock held.

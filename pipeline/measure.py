@@ -184,15 +184,17 @@ class Copies:
             return workers.submit(CopyJob(piece, part) if fills else CopyJob(part, piece, streaming=True))
 
         try:
-            start_s, done = device.now(), 0
+            end_s, first_s, done = device.now() + self._trial_s, 0.0, 0
             running = [submit(*piece) for piece in pieces]
-            while done < 2 * len(pieces) or device.now() < start_s + self._trial_s:
+            while done < 3 * len(pieces) or device.now() < end_s:
                 number = done % len(pieces)  # fills and drains take turns: one of each pair is of either kind
                 while not running[number].done():
                     device.idle()
                 done += 1
                 running[number] = submit(*pieces[number])
-            return done / 2 * rows * _ROW_BYTES / (device.now() - start_s)
+                if done == len(pieces):  # until then workers woke up
+                    first_s = device.now()
+            return (done - len(pieces)) / 2 * rows * _ROW_BYTES / (device.now() - first_s)
         finally:
             workers.wait_all()
 

@@ -145,7 +145,7 @@ class _Range:
 
 
 def read_report(path: str | os.PathLike[str]) -> Timeline:
-    """The timeline of the largest run in the SQLite export of an nsys report: the one with the most copies and kernels.
+    """The timeline of the largest run in the SQLite export of an nsys report: the one with the most operations.
 
     Raises:
         FileNotFoundError: no such file.

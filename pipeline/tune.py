@@ -140,13 +140,13 @@ def search(rate: Callable[[Staging], float], first: Staging, time_left: Callable
 def _best(
     candidates: list[Staging], rate: Callable[[Staging], float], time_left: Callable[[], bool]
 ) -> tuple[Staging, float]:
-    """The best by the median of its rounds: a trial that something else on the machine held up doesn't count, nor does
-    a lucky one. A round that the time cuts short counts where no candidate had a whole one; what wasn't tried can't
-    win.
+    """The best by the median of its rounds, so that one trial that something else on the machine held up doesn't count,
+    nor one lucky trial. A round that the time cuts short counts where no candidate had a whole one; what wasn't tried
+    can't win.
 
     The best of several is likely to have been lucky, so it takes the first one's place only after it has won as many
-    rounds against it alone, each of them. (On an H200 host 12 pieces of 4 MiB seemed the best and moved 40 GB/s with
-    bf16 on the wire, where the first, 4 of 8 MiB, moved 51.)
+    rounds against it alone, each of them; for these there is always time. (On an H200 host 12 pieces of 4 MiB seemed
+    the best and moved 40 GB/s with bf16 on the wire, where the first, 4 of 8 MiB, moved 51.)
     """
     first = candidates[0]
     rates = _rounds(candidates, rate, time_left)
@@ -154,9 +154,9 @@ def _best(
     middle = [statistics.median(found[:rounds]) if found else 0.0 for found in rates]
     winner = max(range(len(candidates)), key=lambda i: middle[i])
     if middle[winner] >= _BETTER * middle[0]:
-        ones, others = _rounds([first, candidates[winner]], rate, time_left)
-        if others and all(other >= _BETTER * one for one, other in zip(ones, others, strict=False)):
-            return candidates[winner], middle[winner]
+        ones, others = _rounds([first, candidates[winner]], rate, lambda: True)
+        if all(other >= _BETTER * one for one, other in zip(ones, others, strict=True)):
+            return candidates[winner], statistics.median(others)
     return first, middle[0]
 
 

@@ -1,22 +1,23 @@
 """Arrays in the near and in the far memory of a machine.
 
 Memory can lie at another socket than the cores that copy it. A virtual machine's may come from both sockets of its
-host without a word to the guest, whose one NUMA node holds all of it: on H200 hosts 14 workers read 50 GB/s from some
-of it and 120 from other. What `numactl --membind` chooses elsewhere, only a measurement can tell there.
+host without a word to the guest, whose one NUMA node holds all of it: on one H200 host 14 workers read 50 GB/s from
+some of it and 106 from other. What `numactl --membind` chooses elsewhere, only a measurement can tell there.
 """
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.config import Staging
 from pipeline.io.jobs import CopyJob
-from pipeline.io.native import open_workers
+from pipeline.io.native import open_workers, workers_kind
 
 KEPT_FREE = 0.2  # of the memory that is available
 CANDIDATES = 12
@@ -33,10 +34,12 @@ class Places:
 
 
 class Copier:
-    """The pipeline's copy workers, as many as it takes by itself."""
+    """The pipeline's copy workers, as many as it starts with. Ends the program where they aren't the native ones."""
 
     def __init__(self) -> None:
-        self._workers = open_workers(max(1, len(os.sched_getaffinity(0)) - 2))
+        if workers_kind() != "native":
+            raise SystemExit("this bench measures with the native copy workers, which aren't built: pip install -e .")
+        self._workers = open_workers(Staging.chosen().workers)
 
     def seconds(self, target: Any, source: Any) -> float:
         """What they need to copy one array to another, nothing else going on."""
@@ -48,12 +51,17 @@ class Copier:
         self._workers.close()
 
 
+def _available_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
 def places(torch: Any, copier: Copier, length: int, near: int, far: int, later: int = 0) -> Places:
     """Take most of the free memory, and keep the arrays that are copied fastest and slowest.
 
     Ends the program where memory for them, and for as many as are made `later`, is short.
     """
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * (1 - KEPT_FREE)
+    available = _available_bytes() * (1 - KEPT_FREE)
     count = min(CANDIDATES, int(available) // (4 * length))
     if count < near + far + later:
         need, have = (near + far + later) * 4 * length / 2**30, available / 2**30

@@ -68,11 +68,16 @@ class Bench:
         self.x_pinned, self.y_pinned = view(memory.pinned[0], in_features), view(memory.pinned[1], out_features)
         self.x, self.y = view(memory.near[0], in_features), view(memory.near[1], out_features)
         self.x_far, self.y_far = view(memory.far[0], in_features), view(memory.far[1], out_features)
-        torch.manual_seed(0)
         self.want = torch.empty(rows, out_features, device="cuda")
+        self.fill()
+
+    def fill(self) -> None:
+        """Give x its rows, the same every time. Another bench of the same memory leaves its own there."""
+        torch = self.torch
+        torch.manual_seed(0)
         w, b = (torch.from_numpy(array).cuda().double() for array in (self.layer.weight, self.layer.bias))
-        for row in range(0, rows, 8192):
-            part = torch.randn(min(8192, rows - row), in_features, device="cuda")
+        for row in range(0, self.rows, 8192):
+            part = torch.randn(min(8192, self.rows - row), self.x.shape[1], device="cuda")
             self.x_pinned[row : row + 8192].copy_(part)
             z = torch.addmm(b, part.double(), w.T)
             self.want[row : row + 8192] = 2.0 * torch.sigmoid(z) + z
@@ -411,6 +416,7 @@ def case_shapes(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         show(f"{in_features} -> {out_features}", found)
         for name in ("pinned", "ordinary"):
             print("  {}: bound by {}, at {:.2f} of its limit".format(name, *found[f"bound_{name}"]))
+    bench.fill()
     return results
 
 

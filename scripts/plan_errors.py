@@ -148,8 +148,8 @@ def main() -> int:
         rates = f"{shown.get('shipped', '-'):>18}{shown.get('own', '-'):>20}"
         print(f"{name:<88}{case.rows_per_s:>11,.0f}{rates}  {bound}")
     print(f"rows a second; largest error {max(map(abs, errors), default=0):.1%}")
-    for end, names in CALIBRATED.items():
-        print(f"* the shipped {names} was chosen with the runs {end!r}")
+    for end, field in CALIBRATED.items():
+        print(f"* the shipped {field} was chosen with the runs {end!r}")
     return 0
 
 

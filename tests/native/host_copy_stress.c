@@ -67,10 +67,16 @@ static uint32_t odd_fp32(dice* d) {
   return (uint32_t)(roll(d, 1u << 16) << 16 | roll(d, 1u << 16));
 }
 
-// A copy or cast of rows with random lengths, strides and alignment against the
-// portable code, row by row. Exactly the bytes of the request lie in the
-// buffers, so that the address sanitizer sees one too many.
-static void copy_case(pool* p, dice* d) {
+typedef struct {
+  job* job;
+  char *source, *memory, *target, *expected;
+  size_t bytes;
+} copy_case;
+
+// A copy or cast of rows with random lengths, strides and alignment, and what
+// the portable code makes of it, row by row. Exactly the bytes of the request
+// lie in the buffers, so that the address sanitizer sees one too many.
+static copy_case begin_copy(pool* p, dice* d) {
   int cast = (int)roll(d, kNumCasts);
   int64_t in = source_itemsize(cast), out = target_itemsize(cast);
   int64_t rows = (int64_t)roll(d, 9), length = (int64_t)roll(d, roll(d, 8) ? 300 : 300000);
@@ -98,11 +104,24 @@ static void copy_case(pool* p, dice* d) {
   for (int64_t i = 0; i < rows; i++) {
     copy_row(&kPortableCode, cast, 0, expected + i * target_row, (const char*)r.source + i * r.source_stride, length);
   }
-  CHECK(finish(p, j, d).error == 0);
-  CHECK(!memcmp(target, expected, target_bytes));
-  free(source);
-  free(memory);
-  free(expected);
+  return (copy_case){j, source, memory, target, expected, target_bytes};
+}
+
+static void end_copy(pool* p, dice* d, copy_case* c) {
+  CHECK(finish(p, c->job, d).error == 0);
+  CHECK(!memcmp(c->target, c->expected, c->bytes));
+  free(c->source);
+  free(c->memory);
+  free(c->expected);
+}
+
+// Up to five at once, so that workers move those that stream and those that
+// don't by turns.
+static void copy_cases(pool* p, dice* d) {
+  copy_case cases[5];
+  int count = 1 + (int)roll(d, 5);
+  for (int i = 0; i < count; i++) cases[i] = begin_copy(p, d);
+  for (int i = 0; i < count; i++) end_copy(p, d, &cases[i]);
 }
 
 static void file_case(pool* p, dice* d) {
@@ -149,9 +168,9 @@ static pool* shared;
 
 static void* submit_and_finish(void* seed) {
   dice d = {(uint64_t)(uintptr_t)seed};
-  for (int i = 0; i < 60; i++) {
-    copy_case(shared, &d);
-    if (i % 20 == 0) file_case(shared, &d);
+  for (int i = 0; i < 25; i++) {
+    copy_cases(shared, &d);
+    if (i % 8 == 0) file_case(shared, &d);
   }
   return NULL;
 }
@@ -188,7 +207,7 @@ int main(void) {
       pool* p = host_copy_open(workers, isa);
       CHECK(p);
       printf("%s, %d workers\n", host_copy_isa(p), workers);
-      for (int i = 0; i < 150; i++) copy_case(p, &d);
+      for (int i = 0; i < 60; i++) copy_cases(p, &d);
       for (int i = 0; i < 10; i++) file_case(p, &d);
       atomic_store(&broken, 100);
       host_copy_request w = {.kind = WRITE_FILE, .fd = -1, .source = &d, .rows = 1, .length = 8, .offset = 100};
