@@ -79,7 +79,7 @@ typedef struct {
 static copy_case begin_copy(pool* p, dice* d) {
   int cast = (int)roll(d, kNumCasts);
   int64_t in = source_itemsize(cast), out = target_itemsize(cast);
-  int64_t rows = (int64_t)roll(d, 9), length = (int64_t)roll(d, roll(d, 8) ? 300 : 300000);
+  int64_t rows = (int64_t)roll(d, 9), length = (int64_t)roll(d, roll(d, 8) ? 300 : 150000);
   if (roll(d, 40) == 0) rows = 1, length = (int64_t)roll(d, 1500000);  // over huge pages
   int64_t source_row = length * in + (int64_t)roll(d, 3) * 7, target_row = length * out + (int64_t)roll(d, 3) * 5;
   int64_t shift = (int64_t)roll(d, 70);
@@ -128,7 +128,7 @@ static void file_case(pool* p, dice* d) {
   char path[] = "/tmp/host_copy_XXXXXX";
   int fd = mkstemp(path);
   CHECK(fd >= 0 && !unlink(path));
-  size_t bytes = roll(d, 3 << 20) + 1;
+  size_t bytes = roll(d, 3 << 19) + 1;
   char *there = malloc(bytes), *back = malloc(bytes);
   for (size_t i = 0; i < bytes; i++) there[i] = (char)roll(d, 256);
   host_copy_request w = {
@@ -168,7 +168,7 @@ static pool* shared;
 
 static void* submit_and_finish(void* seed) {
   dice d = {(uint64_t)(uintptr_t)seed};
-  for (int i = 0; i < 25; i++) {
+  for (int i = 0; i < 16; i++) {
     copy_cases(shared, &d);
     if (i % 8 == 0) file_case(shared, &d);
   }
@@ -207,7 +207,7 @@ int main(void) {
       pool* p = host_copy_open(workers, isa);
       CHECK(p);
       printf("%s, %d workers\n", host_copy_isa(p), workers);
-      for (int i = 0; i < 60; i++) copy_cases(p, &d);
+      for (int i = 0; i < 40; i++) copy_cases(p, &d);
       for (int i = 0; i < 10; i++) file_case(p, &d);
       atomic_store(&broken, 100);
       host_copy_request w = {.kind = WRITE_FILE, .fd = -1, .source = &d, .rows = 1, .length = 8, .offset = 100};
