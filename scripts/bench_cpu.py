@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -37,10 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
             contenders[f"loop, {rows} rows"] = lambda rows=rows: plain_loop(torch, layer, x, y, rows)
         want = layer.reference(x)
         for n in range(arguments.rounds + 1):  # the first round warms up
-            for name, contend in contenders.items():
+            for name in random.sample(list(contenders), len(contenders)):
                 y.fill(np.nan)
                 start = time.perf_counter()
-                contend()
+                contenders[name]()
                 taken = time.perf_counter() - start
                 if n == 0:
                     worst[name] = float((np.abs(y - want) / (1 + np.abs(want))).max())
