@@ -1,7 +1,8 @@
 """How rows are staged on this machine, and what its copies reach: measured once, kept in a file, shown in reports.
 
-A measurement takes about a second, so it is made by the first large run on a machine and kept in `cache_dir()/tuning/`,
-one JSON file a kind of machine. Environment variables go before what was measured (see `Staging.chosen`).
+A measurement takes a second or two, so it is made by the first large run on a machine and kept in
+`cache_dir()/tuning/`, one JSON file a kind of machine. Environment variables go before what was measured (see
+`Staging.chosen`).
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class Tuning:
         return when == "always" or n_bytes >= PAYS_BYTES
 
     def measure(self, source: HostArray | None = None) -> None:
-        """Measure, and keep what was found for later processes. Blocks for about a second.
+        """Measure, and keep what was found for later processes. Blocks for a second or two.
 
         `source` is contiguous memory whose reading tells more than that of scratch memory, which a large cache holds.
         Where a device lacks the memory for it nothing is measured, and `staging` says so.

@@ -56,7 +56,7 @@ def _available_bytes() -> int:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
-def places(torch: Any, copier: Copier, length: int, near: int, far: int, later: int = 0) -> Places:
+def places(torch: Any, copier: Copier, length: int, near: int, far: int, later: int) -> Places:
     """Take most of the free memory, and keep the arrays that are copied fastest and slowest.
 
     Ends the program where memory for them, and for as many as are made `later`, is short.

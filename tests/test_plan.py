@@ -310,18 +310,19 @@ def load_script() -> Any:
 
 PLAN_ERRORS = load_script()
 CASES = PLAN_ERRORS.all_cases()
-# Runs of which a plan is further off than it should be, and by how much at most: see profiles/README.md.
-BEYOND = {
+# Runs of which a plan is off by more than a tenth, and by how much: see profiles/README.md.
+KNOWN_ERRORS = {
     "bench/stream-h200-94a3447: array to array, wire_dtype bf16": 0.36,  # the tuner had chosen a bad ring
-    "bench/stream-fp32-h200-94a3447: array to array, wire_dtype bf16": 0.39,
-    "bench/stream-h200-94a3447: array to array, 1,024 rows": 0.20,
-    "bench/stream-fp32-h200-94a3447: array to array, 1,024 rows": 0.11,
-    "bench/stream-shapes-h200: 1024 -> 8192, array to array, ordinary memory": 0.12,
+    "bench/stream-fp32-h200-94a3447: array to array, wire_dtype bf16": 0.38,
+    "bench/stream-h200-94a3447: array to array, 1,024 rows": -0.20,
+    "bench/stream-fp32-h200-94a3447: array to array, 1,024 rows": 0.10,
+    "bench/stream-shapes-h200: 1024 -> 8192, array to array, ordinary memory": 0.11,
 }
 
 
 def test_plan_is_compared_with_every_kind_of_run_in_the_records() -> None:
     names = [case.name for case in CASES]
+    assert KNOWN_ERRORS.keys() <= set(names)
     for record in ("stream-h200", "stream-fp32-h200"):
         for run in ("pinned to pinned", "array to array", "array to array, torch's small pages",
                     "array to array, wire_dtype bf16", "array to fresh", "pinned to pinned, 1,024 rows",
@@ -338,9 +339,14 @@ def test_plan_is_compared_with_every_kind_of_run_in_the_records() -> None:
         for rates, machine in case.machines
     ],
 )
-def test_plan_is_within_ten_percent_of_what_was_measured(case: Any, machine: Machine) -> None:
+def test_plan_is_within_ten_percent_of_what_was_measured_or_off_as_known(case: Any, machine: Machine) -> None:
     found = predict(case.job, machine)
-    assert found.rows_per_s == pytest.approx(case.rows_per_s, rel=BEYOND.get(case.name, 0.10)), found.lines()
+    assert found.rows_per_s is not None
+    error = found.rows_per_s / case.rows_per_s - 1
+    if case.name in KNOWN_ERRORS:
+        assert error == pytest.approx(KNOWN_ERRORS[case.name], abs=0.01), "say the new one in profiles/README.md, too"
+    else:
+        assert abs(error) <= 0.10, found.lines()
 
 
 def test_plan_of_runs_with_a_recorded_bus_uses_it() -> None:

@@ -145,7 +145,11 @@ class StagingLanes:
         self._lanes = self.library.host_lanes_open(workers.pool, ctypes.byref(device), ring_in.poison)
         if not self._lanes:
             code = ctypes.get_errno()
-            raise OSError(code, f"can't start the thread of the staging lanes: {os.strerror(code)}")
+            raise OSError(
+                code,
+                f"can't start the thread of the staging lanes: {os.strerror(code)}; allow more threads (ulimit -u), or "
+                f"set PIPELINE_NATIVE_COPY=0",
+            )
         self._close = weakref.finalize(self, _close_lanes, self.library, self._lanes, os.getpid(), workers)
 
     def load(self, source: SourceRows, rows: int, slot: int, chunk: int) -> Transfer | None:
