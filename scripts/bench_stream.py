@@ -354,6 +354,45 @@ def case_sweep(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     return {"ceiling_gb_per_s": ceiling, "gb_per_s": {name: summary(values) for name, values in rates.items()}}
 
 
+def case_gpus(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
+    """One GPU, and all of them together: pinned memory, ordinary memory, and bf16 on the wire."""
+    from pipeline import FusedLinear, Pipeline
+
+    count = bench.torch.cuda.device_count()
+    if count < 2:
+        raise SystemExit("the case gpus needs several GPUs, torch sees one here")
+    plain = FusedLinear(bench.layer.weight, bench.layer.bias, bench.layer.scaling_factor)
+    with (
+        Pipeline(bench.layer, devices="cuda:0") as one,
+        Pipeline(bench.layer) as all_gpus,
+        Pipeline(plain, devices="cuda:0", wire_dtype="bf16") as one_narrow,
+        Pipeline(plain, wire_dtype="bf16") as all_narrow,
+    ):
+        pipelines = {"": (one, all_gpus), ", wire_dtype bf16": (one_narrow, all_narrow)}
+        results = {}
+        for case, x, y in (
+            ("pinned to pinned", bench.x_pinned, bench.y_pinned),
+            ("ordinary to ordinary memory", bench.x.numpy(), bench.y.numpy()),
+        ):
+            contenders: dict[str, tuple[Contender, Any]] = {}
+            for wire, pair in pipelines.items():
+                if wire and x is bench.x_pinned:  # narrowing stages it like other memory
+                    continue
+                for gpus, pipe in zip((1, count), pair, strict=True):
+                    pipe.run(x, y)
+                    run = lambda pipe=pipe, x=x, y=y: pipe.run(x, y)  # noqa: E731
+                    contenders[f"pipeline{wire}, {gpus} GPU{'s' * (gpus > 1)}"] = run, bench.torch.as_tensor(y)
+            allowed = {name: ALLOWED_BF16 for name in contenders if "bf16" in name}
+            memory = None if x is bench.x_pinned else (bench.x, bench.y)
+            found = bench.compare(contenders, options.rounds, allowed, memory)
+            stats = all_gpus.run(x, y).stats
+            found["stats"], found["stats_bf16"] = stats.as_dict(), all_narrow.run(x, y).stats.as_dict()
+            results[case] = found
+            show(case, found)
+            print(stats, flush=True)
+    return results
+
+
 def case_short(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """1,024 rows in a warm Pipeline, against eager torch on pinned tensors."""
     from pipeline import Pipeline
@@ -585,6 +624,7 @@ def case_start(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
 
 CASES = {
     "memory": case_memory,
+    "gpus": case_gpus,
     "short": case_short,
     "file": case_file,
     "start": case_start,
@@ -617,7 +657,8 @@ def run(arguments: argparse.Namespace) -> int:
         "precision": arguments.precision,
         "memory_gb_per_s": memory.copies_gb_per_s,
     }
-    for name in arguments.case or [name for name in CASES if name != "sweep"]:
+    several = torch.cuda.device_count() > 1
+    for name in arguments.case or [name for name in CASES if name != "sweep" and (several or name != "gpus")]:
         start = time.perf_counter()
         results[name] = CASES[name](bench, arguments)
         print(f"-- {name} took {time.perf_counter() - start:.0f} s", flush=True)
@@ -635,7 +676,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write results and context there, after each case")
-    parser.add_argument("--case", action="append", choices=CASES, help="repeatable; default all but sweep")
+    which = "repeatable; default all but sweep, and gpus only where there are several"
+    parser.add_argument("--case", action="append", choices=CASES, help=which)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gib", type=float, default=8, help="GiB each way")
     parser.add_argument("--features", type=int, default=8192, help="width of the layer, in and out")

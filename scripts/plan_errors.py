@@ -23,13 +23,6 @@ from pipeline.machine import Machine  # noqa: E402
 from pipeline.plan import Job, predict  # noqa: E402
 
 SHIPPED = Machine.load("h200")
-# Whose figures the shipped machine has from these very runs, where they are of these records. They say that one figure
-# suits several runs, no more.
-CALIBRATED_RECORDS = ("bench/stream-h200: ", "bench/stream-fp32-h200: ")
-CALIBRATED = {
-    "pinned to pinned, 1,024 rows": "pinned_run_us",
-    "array to array, wire_dtype bf16": "copy_gb_per_s",
-}
 
 
 @dataclass(frozen=True)
@@ -99,6 +92,7 @@ def _compared_cases(name: str, found: Any, document: dict[str, Any]) -> Iterator
         if not contender.startswith("pipeline"):
             continue
         narrow, detail = "wire_dtype bf16" in contender, contender.removeprefix("pipeline").removeprefix(", ")
+        gpus = int(contender.split()[-2]) if contender.endswith(("GPU", "GPUs")) else 1
         if " -> " in name:
             source, out = ("pinned", "pinned") if detail == "pinned" else ("array", "array")
             stats = found[f"stats_{'pinned' if detail == 'pinned' else 'ordinary'}"]
@@ -106,13 +100,13 @@ def _compared_cases(name: str, found: Any, document: dict[str, Any]) -> Iterator
             source, out = ENDS[name]
             stats = found.get("stats_bf16" if narrow else "stats")
         known = {"rows": rows, "runs_as": document["precision"], **({} if stats is None else stats)}
-        job = _job(known, in_features, out_features, source, out)
+        job = replace(_job(known, in_features, out_features, source, out), gpus=gpus)
         if narrow:
             job = replace(job, wire_dtype=BFLOAT16)
         seconds = seen.get("seconds", found.get("seconds"))["median"]
         title = f"{source} to {out}" + (f", {detail}" if detail else "")
         named = f"{name}, {title}" if " -> " in name else title
-        yield Case(named, job, rows / seconds, own, own_disk="write_seconds" in found)
+        yield Case(named, job, rows / seconds, own if gpus == 1 else None, own_disk="write_seconds" in found)
 
 
 def _job(stats: dict[str, Any], in_features: int, out_features: int, source: str, out: str) -> Job:
@@ -143,13 +137,10 @@ def main() -> int:
         each = {kind: (one.rows_per_s or 0.0) / case.rows_per_s - 1 for kind, one in found.items()}
         errors += each.values()
         shown = {kind: f"{one.rows_per_s:>11,.0f}{each[kind]:>7.1%}" for kind, one in found.items()}
-        chosen = case.name.startswith(CALIBRATED_RECORDS) and case.name.endswith(tuple(CALIBRATED))
-        bound, name = next(iter(found.values())).bound, case.name + ("*" if chosen else "")
+        bound = next(iter(found.values())).bound
         rates = f"{shown.get('shipped', '-'):>18}{shown.get('own', '-'):>20}"
-        print(f"{name:<88}{case.rows_per_s:>11,.0f}{rates}  {bound}")
+        print(f"{case.name:<88}{case.rows_per_s:>11,.0f}{rates}  {bound}")
     print(f"rows a second; largest error {max(map(abs, errors), default=0):.1%}")
-    for end, field in CALIBRATED.items():
-        print(f"* the shipped {field} was chosen with the runs {end!r}")
     return 0
 
 
