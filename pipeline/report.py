@@ -195,15 +195,16 @@ def bound(stages: Mapping[str, StageStats], finish_share: float = 0.0) -> str:
     return "disk" if finish_share > nearness(stages[nearest]) else nearest
 
 
+_MORE_WORKERS = "more copy workers where cores are idle"
 _FILL_ADVICE = {
-    "memory": "copying from the source is the limit: pinned memory as the source (pipeline.pin), or more copy workers",
-    "file": "reading the file is the limit: a faster disk, more memory to cache it, or more copy workers",
+    "memory": f"copying from the source is the limit: pinned memory as the source (pipeline.pin), or {_MORE_WORKERS}",
+    "file": f"reading the file is the limit: a faster disk, more memory to cache it, or {_MORE_WORKERS}",
     "batches": "gathering batches is the limit: larger batches, a source that makes them sooner, or an array or a file",
 }
 _DRAIN_ADVICE = {
-    "memory": "storing the result is the limit: pinned memory as the output (pipeline.pin), or more copy workers",
+    "memory": f"storing the result is the limit: pinned memory as the output (pipeline.pin), or {_MORE_WORKERS}",
     "fresh memory": "storing the result in fresh memory is the limit: pass an `out` that was written before",
-    "file": "writing the file is the limit: a faster disk, or more copy workers",
+    "file": f"writing the file is the limit: a faster disk, or {_MORE_WORKERS}",
 }
 
 
