@@ -80,6 +80,18 @@ def each(compute: Callable[[_Task], None], tasks: Iterable[_Task], threads: int)
         future.result()
 
 
+def torch_threads() -> int:
+    """How many threads torch uses in the calling one.
+
+    NOTE: a thread that asks torch for the first time while the pool is made would be told 1, then and ever after (see
+    `_Pool`). So it waits for that here.
+    """
+    import torch
+
+    with _lock:
+        return torch.get_num_threads()
+
+
 @cache
 def _mkl_threads() -> Callable[[int], int] | None:
     """Sets the number of MKL's threads for the calling thread and returns the one before; None without MKL in torch.

@@ -141,6 +141,25 @@ def test_torchs_own_threads_stay_as_they_were() -> None:
     assert counts == [1] * 8 + [2] and torch.get_num_threads() == 2
 
 
+def test_thread_that_first_uses_torch_while_the_pool_is_made_has_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the CPU device's second thread for products may."""
+    monkeypatch.setattr(row_threads, "_pools", {})
+    counts: list[int] = []
+    fresh = threading.Thread(target=lambda: counts.append(row_threads.torch_threads()))
+    set_num_threads = torch.set_num_threads
+
+    def set_and_ask(count: int) -> None:
+        set_num_threads(count)
+        if fresh.ident is None:
+            fresh.start()
+            fresh.join(0.2)
+
+    monkeypatch.setattr(torch, "set_num_threads", set_and_ask)
+    row_threads.each(lambda _: None, range(8), 2)
+    fresh.join()
+    assert counts == [2]
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("rows", [1, 65, 700, 1500])
 def test_bits_dont_depend_on_threads(dtype: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
