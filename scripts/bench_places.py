@@ -10,12 +10,12 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.config import Staging
+from pipeline.devices.cpu import free_memory_bytes
 from pipeline.io.jobs import CopyJob
 from pipeline.io.native import open_workers, workers_kind
 
@@ -51,17 +51,12 @@ class Copier:
         self._workers.close()
 
 
-def _available_bytes() -> int:
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
-
-
 def places(torch: Any, copier: Copier, length: int, near: int, far: int, later: int) -> Places:
     """Take most of the free memory, and keep the arrays that are copied fastest and slowest.
 
     Ends the program where memory for them, and for as many as are made `later`, is short.
     """
-    available = _available_bytes() * (1 - KEPT_FREE)
+    available = (free_memory_bytes() or 0) * (1 - KEPT_FREE)
     count = min(CANDIDATES, int(available) // (4 * length))
     if count < near + far + later:
         need, have = (near + far + later) * 4 * length / 2**30, available / 2**30

@@ -110,12 +110,7 @@ class CpuDevice(Device):
         return time.perf_counter()
 
     def free_bytes(self) -> int | None:
-        """Memory that could be used without swapping, where the system tells (Linux)."""
-        try:
-            fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-            return int(fields["MemAvailable"].split()[0]) * 1024
-        except (OSError, KeyError):
-            return None
+        return free_memory_bytes()
 
     def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
         self._layer, self._out_dtype = layer, out_dtype
@@ -186,6 +181,15 @@ class CpuDevice(Device):
             engine.close()
         self._engines = {}
         self._inputs, self._outputs, self._last = [], [], []
+
+
+def free_memory_bytes() -> int | None:
+    """Memory that could be used without swapping, where the system tells (Linux)."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return None
 
 
 def _aligned_rows(rows: int, layer: FusedLinear) -> HostArray:
