@@ -368,25 +368,25 @@ def case_gpus(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
         Pipeline(plain, devices="cuda:0", wire_dtype="bf16") as one_narrow,
         Pipeline(plain, wire_dtype="bf16") as all_narrow,
     ):
-        pipelines = {"": (one, all_gpus), ", wire_dtype bf16": (one_narrow, all_narrow)}
+        together = f"{count} GPUs"
+        wide = {"pipeline, 1 GPU": one, f"pipeline, {together}": all_gpus}
+        narrow = {"pipeline, wire_dtype bf16, 1 GPU": one_narrow, f"pipeline, wire_dtype bf16, {together}": all_narrow}
         results = {}
-        for case, x, y in (
-            ("pinned to pinned", bench.x_pinned, bench.y_pinned),
-            ("ordinary to ordinary memory", bench.x.numpy(), bench.y.numpy()),
+        for case, x, y, pipelines in (
+            ("pinned to pinned", bench.x_pinned, bench.y_pinned, wide),  # narrowing would stage it like other memory
+            ("ordinary to ordinary memory", bench.x, bench.y, wide | narrow),
         ):
+            ends = (x, y) if x is bench.x_pinned else (x.numpy(), y.numpy())
             contenders: dict[str, tuple[Contender, Any]] = {}
-            for wire, pair in pipelines.items():
-                if wire and x is bench.x_pinned:  # narrowing stages it like other memory
-                    continue
-                for gpus, pipe in zip((1, count), pair, strict=True):
-                    pipe.run(x, y)
-                    run = lambda pipe=pipe, x=x, y=y: pipe.run(x, y)  # noqa: E731
-                    contenders[f"pipeline{wire}, {gpus} GPU{'s' * (gpus > 1)}"] = run, bench.torch.as_tensor(y)
-            allowed = {name: ALLOWED_BF16 for name in contenders if "bf16" in name}
-            memory = None if x is bench.x_pinned else (bench.x, bench.y)
-            found = bench.compare(contenders, options.rounds, allowed, memory)
-            stats = all_gpus.run(x, y).stats
-            found["stats"], found["stats_bf16"] = stats.as_dict(), all_narrow.run(x, y).stats.as_dict()
+            for name, pipe in pipelines.items():
+                pipe.run(*ends)
+                contenders[name] = (lambda pipe=pipe, ends=ends: pipe.run(*ends)), y
+            allowed = dict.fromkeys(narrow, ALLOWED_BF16)
+            found = bench.compare(contenders, options.rounds, allowed, None if x is bench.x_pinned else (x, y))
+            stats = all_gpus.run(*ends).stats
+            found["stats"] = stats.as_dict()
+            if pipelines is not wide:
+                found["stats_bf16"] = all_narrow.run(*ends).stats.as_dict()
             results[case] = found
             show(case, found)
             print(stats, flush=True)
