@@ -11,7 +11,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).parent
-SOURCES = [f"csrc/{path.name}" for path in sorted((ROOT / "csrc").glob("host_*.[ch]"))]
+SOURCES = [f"csrc/host/{path.name}" for path in sorted((ROOT / "csrc" / "host").glob("*.[ch]"))]
 DIGEST = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in SOURCES)).hexdigest()[:16]
 
 

@@ -32,9 +32,9 @@ from pipeline.errors import (
 
 if TYPE_CHECKING:
     from pipeline.api import Pipeline, Progress, Result, run_pipelined
-    from pipeline.layer import FusedLinear
+    from pipeline.layer.linear import FusedLinear
     from pipeline.pinned import Pinned, pin
-    from pipeline.report import Stats
+    from pipeline.report.stats import Stats
     from pipeline.torch_op import GemmSigmoidScalingResidualAdd, fused_gemm_sigmoid_scale_add
 
 __version__ = "0.1.0"
@@ -68,7 +68,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FusedLinear": "pipeline.layer",
+    "FusedLinear": "pipeline.layer.linear",
     "GemmSigmoidScalingResidualAdd": "pipeline.torch_op",
     "fused_gemm_sigmoid_scale_add": "pipeline.torch_op",
     "Pinned": "pipeline.pinned",
@@ -77,7 +77,7 @@ _HOMES = {
     "Progress": "pipeline.api",
     "Result": "pipeline.api",
     "run_pipelined": "pipeline.api",
-    "Stats": "pipeline.report",
+    "Stats": "pipeline.report.stats",
 }
 
 

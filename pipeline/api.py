@@ -18,33 +18,25 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray
-from pipeline.config import (
-    DEFAULT_STREAMS,
-    FLOAT64,
-    GIB,
-    DType,
-    auto_chunk_rows,
-    parse_out_dtype,
-    parse_precision,
-    rows_a_chunk,
-    wire_dtypes,
-)
-from pipeline.devices.base import Device, Workers, find_devices, open_device
+from pipeline.config import DEFAULT_STREAMS, GIB, auto_chunk_rows, rows_a_chunk
+from pipeline.devices.base import Device
+from pipeline.devices.names import find_devices, open_device
+from pipeline.dtypes import FLOAT64, DType, parse_out_dtype, parse_precision, wire_dtypes
 from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError, TraceWarning, uninterrupted
 from pipeline.executor import Executor
+from pipeline.flow import Chunk, Gather, Sink, Source, Workers
 from pipeline.instrument import KEPT, KEPT_FOR_TRACE, RUN, Ceilings, Ranges, Recorder
 from pipeline.io.batches import BatchSink, BatchSource
 from pipeline.io.files import FileSource, memmap_of
-from pipeline.io.jobs import Cast, CopyJob
-from pipeline.io.native import open_workers
-from pipeline.io.rows import Chunk, Gather, Sink, Source
 from pipeline.io.sinks import CudaSink, open_sink, wrapper
 from pipeline.io.sources import ArraySource, CudaSource, open_source
-from pipeline.layer import FusedLinear
-from pipeline.report import Ends, Stats, advice, bound, ceiling_rows_per_s, comparable, mean_share, stage_stats
-from pipeline.timeline import Timeline, device_use, from_recorders
-from pipeline.trace import check_trace, write_trace
-from pipeline.tune import Tuning
+from pipeline.layer.linear import FusedLinear
+from pipeline.report.stats import Ends, Stats, advice, bound, ceiling_rows_per_s, comparable, mean_share, stage_stats
+from pipeline.report.timeline import Timeline, device_use, from_recorders
+from pipeline.report.trace import check_trace, write_trace
+from pipeline.staging.jobs import Cast, CopyJob
+from pipeline.staging.native import open_workers
+from pipeline.tuning.tune import Tuning
 
 _run_numbers = itertools.count()
 _GATHER_BYTES, _FEWEST_BUFFERS = 96 * 2**20, 2  # pinned chunk buffers for iterables, all devices together

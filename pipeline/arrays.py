@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import CONVERT, DTYPES, DType, parse_dtype
+from pipeline.dtypes import CONVERT, DTYPES, DType, parse_dtype
 from pipeline.errors import DTypeError, InputError, ShapeError
 
 if TYPE_CHECKING:

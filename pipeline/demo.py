@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import OutputError
-from pipeline.layer import FusedLinear
-from pipeline.report import Stats
+from pipeline.layer.linear import FusedLinear
+from pipeline.report.stats import Stats
 
 if TYPE_CHECKING:
     import torch

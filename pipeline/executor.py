@@ -24,15 +24,16 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from pipeline.arrays import HostArray
-from pipeline.config import DType, Staging
-from pipeline.devices.base import Device, DeviceRows, Operation, Workers
+from pipeline.config import Staging
+from pipeline.devices.base import Device
+from pipeline.dtypes import DType
 from pipeline.errors import DeviceError, uninterrupted
+from pipeline.flow import Chunk, DeviceRows, Feed, Operation, Sink, SourceRows, TargetRows, Workers
 from pipeline.instrument import Ranges, Recorder
-from pipeline.io.jobs import Job
-from pipeline.io.lanes import StagingLanes, Transfer, show_in_profiles
-from pipeline.io.native import NativeWorkers
-from pipeline.io.rows import Chunk, Feed, Sink, SourceRows, TargetRows
-from pipeline.io.staging import Ring
+from pipeline.staging.jobs import Job
+from pipeline.staging.native import NativeWorkers
+from pipeline.staging.native_mover import StagingLanes, Transfer, show_in_profiles
+from pipeline.staging.ring import Ring
 
 
 class RowShape(Protocol):

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from pipeline.config import DTYPES, FLOAT32, FLOAT64, DType, parse_dtype, parse_precision
+from pipeline.dtypes import DTYPES, FLOAT32, FLOAT64, DType, parse_dtype, parse_precision
 from pipeline.errors import DTypeError, InputError
-from pipeline.forward import HostWeights, check_rows, check_scaling_factor, check_weights, launch_on_gpu
+from pipeline.layer.forward import HostWeights, check_rows, check_scaling_factor, check_weights, launch_on_gpu
 
 __all__ = ["GemmSigmoidScalingResidualAdd", "fused_gemm_sigmoid_scale_add"]
 

@@ -93,9 +93,9 @@ def contenders(
     torch: Any, precision: str, sizes: tuple[int, int, int], every_tile: bool, peers: list[str]
 ) -> Contenders:
     """Functions that queue one product or layer each; operands rotate over `BUFFERS` buffers."""
-    from pipeline.config import parse_dtype
+    from pipeline.dtypes import parse_dtype
+    from pipeline.kernels.choose import Problem, candidates, runs_as
     from pipeline.kernels.launch import Launcher
-    from pipeline.kernels.select import Problem, candidates, runs_as
     from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch
 
     rows, out_features, in_features = sizes
@@ -268,8 +268,8 @@ def bench_launch(arguments: argparse.Namespace) -> int:
     import torch
 
     from pipeline import FusedLinear, fused_gemm_sigmoid_scale_add
+    from pipeline.kernels.choose import all_variants
     from pipeline.kernels.compile import compile_variant
-    from pipeline.kernels.select import all_variants
 
     if not torch.cuda.is_available():
         print("scripts/bench launch needs a GPU, and torch sees none here", file=sys.stderr)

@@ -16,8 +16,8 @@ import numpy as np
 
 from pipeline.config import Staging
 from pipeline.devices.cpu import free_memory_bytes
-from pipeline.io.jobs import CopyJob
-from pipeline.io.native import open_workers, workers_kind
+from pipeline.staging.jobs import CopyJob
+from pipeline.staging.native import open_workers, workers_kind
 
 KEPT_FREE = 0.2  # of the memory that is available
 CANDIDATES = 12

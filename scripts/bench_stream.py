@@ -429,7 +429,7 @@ def case_short(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
 def case_shapes(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Narrow and wide layers: the bound that each hits and the fraction reached."""
     from pipeline import Pipeline
-    from pipeline.report import nearness
+    from pipeline.report.stats import nearness
 
     results = {}
     for in_features, out_features in NARROW:
@@ -462,8 +462,8 @@ def case_shapes(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
 def case_file(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """A warm .npy to a pinned result, and to another .npy, against what the disk writes."""
     from pipeline import Pipeline
-    from pipeline.io.jobs import WriteJob
-    from pipeline.io.native import open_workers
+    from pipeline.staging.jobs import WriteJob
+    from pipeline.staging.native import open_workers
 
     torch, rows = bench.torch, bench.rows // 2
     part = Bench.__new__(Bench)

@@ -105,8 +105,8 @@ def host_copies(torch: Any, seconds: float = 1.0) -> float:
     import numpy as np
 
     from pipeline.config import Staging
-    from pipeline.io.jobs import CopyJob
-    from pipeline.io.native import open_workers
+    from pipeline.staging.jobs import CopyJob
+    from pipeline.staging.native import open_workers
 
     staging = Staging.chosen()
     size, pieces = staging.piece_bytes, staging.ring_pieces

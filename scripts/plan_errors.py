@@ -18,9 +18,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pipeline.config import BFLOAT16, FLOAT32, parse_dtype  # noqa: E402
-from pipeline.machine import Machine  # noqa: E402
-from pipeline.plan import Job, predict  # noqa: E402
+from pipeline.dtypes import BFLOAT16, FLOAT32, parse_dtype  # noqa: E402
+from pipeline.plan.machine import Machine  # noqa: E402
+from pipeline.plan.predict import Job, predict  # noqa: E402
 
 SHIPPED = Machine.load("h200")
 

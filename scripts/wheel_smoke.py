@@ -9,17 +9,17 @@ from pathlib import Path
 import numpy as np
 
 import pipeline
-from pipeline.config import FLOAT32
+from pipeline.dtypes import FLOAT32
+from pipeline.kernels.choose import Problem, select
 from pipeline.kernels.compile import compile_variant, csrc_dir
-from pipeline.kernels.select import Problem, select
-from pipeline.plan import Job, Machine, predict
+from pipeline.plan.predict import Job, Machine, predict
 
 
 def check_sources() -> str:
     folder, package = csrc_dir(), Path(pipeline.__file__).resolve().parent
     if Path(sys.prefix).resolve() not in package.parents:
         raise SystemExit(f"error: pipeline was imported from {package}, expected the wheel in {sys.prefix}")
-    if folder != package / "csrc":
+    if folder != package / "csrc" / "gpu":
         raise SystemExit(f"error: the CUDA sources were found in {folder}, expected them in the wheel")
     return f"{len(list(folder.glob('*.cu')))} kernel files in the wheel"
 
@@ -32,7 +32,7 @@ def check_compile() -> str:
 
 def check_native() -> str:
     """The wheel carries the copy workers, so that installing it needs no compiler."""
-    from pipeline.io.native import NativeWorkers
+    from pipeline.staging.native import NativeWorkers
 
     workers = NativeWorkers(2)
     workers.close()

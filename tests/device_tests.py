@@ -23,8 +23,10 @@ import torch
 
 from pipeline import FusedLinear, Pipeline
 from pipeline.arrays import HostArray, is_torch, to_float64
-from pipeline.config import DTYPES, DType, parse_dtype
-from pipeline.devices.base import Device, Operation, open_device
+from pipeline.devices.base import Device
+from pipeline.devices.names import open_device
+from pipeline.dtypes import DTYPES, DType, parse_dtype
+from pipeline.flow import Operation
 
 SCALE = 2.0
 _EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}

@@ -38,18 +38,11 @@ from device_tests import (
 )
 
 from pipeline import FusedLinear, Pipeline, Result, pin, run_pipelined
-from pipeline.devices.base import open_device
 from pipeline.devices.cpu import CpuDevice
 from pipeline.devices.cuda import count_gpus
+from pipeline.devices.names import open_device
 from pipeline.devices.sim import Hardware, SimDevice
-from pipeline.errors import (
-    DeviceMemoryError,
-    DeviceNotFoundError,
-    DTypeError,
-    InputError,
-    OptionError,
-    PipelineError,
-)
+from pipeline.errors import DeviceMemoryError, DeviceNotFoundError, DTypeError, InputError, OptionError, PipelineError
 from pipeline.instrument import STAGES
 
 LAYER = random_layer(12, 7)

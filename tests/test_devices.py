@@ -15,13 +15,13 @@ import pytest
 from device_tests import DeviceTests, random_layer, random_rows, wait, wait_until
 
 from pipeline.arrays import HostArray
-from pipeline.config import FLOAT32
-from pipeline.devices.base import find_devices, open_device
 from pipeline.devices.cpu import CpuDevice
 from pipeline.devices.cuda import count_gpus
+from pipeline.devices.names import find_devices, open_device
 from pipeline.devices.sim import Hardware, SimDevice
+from pipeline.dtypes import FLOAT32
 from pipeline.errors import DeviceMemoryError, DeviceNotFoundError, DriverError, OptionError
-from pipeline.io.staging import Ring
+from pipeline.staging.ring import Ring
 
 
 class TestCpu(DeviceTests):

@@ -40,16 +40,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import pipeline.executor as executor_module
 from pipeline import FusedLinear, Pipeline
 from pipeline.arrays import HostArray, host_tensor
-from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, DType
-from pipeline.devices.base import Device, DeviceRows, Operation
+from pipeline.devices.base import Device
 from pipeline.devices.sim import Hardware, SimDevice
+from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from pipeline.errors import DeviceError, DriverError
 from pipeline.executor import Executor
+from pipeline.flow import Chunk, DeviceRows, Feed, Gather, Operation, Sink
 from pipeline.instrument import STAGES, Recorder
-from pipeline.io.jobs import Cast, Job, cast_between, convert
-from pipeline.io.rows import ArrayRows, ArrayTarget, Chunk, Feed, Gather, RangeFeed, Sink
+from pipeline.io.memory import ArrayRows, ArrayTarget, RangeFeed
 from pipeline.io.sinks import ArraySink
 from pipeline.io.sources import ArraySource
+from pipeline.staging.jobs import Cast, Job, cast_between, convert
 
 SCHEDULES, BATCHES = 2_000, 8
 FAULT_SEEDS = 25

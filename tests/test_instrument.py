@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline import Pipeline
 from pipeline.instrument import RUN, STAGES, Ranges, Recorder
-from pipeline.report import bound, stage_stats
+from pipeline.report.stats import bound, stage_stats
 
 # Whole seconds, so that sums are exact.
 spans = st.lists(

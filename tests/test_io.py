@@ -38,7 +38,7 @@ from hypothesis import strategies as st
 
 from pipeline import FusedLinear, Pipeline, run_pipelined
 from pipeline.arrays import HostArray, is_torch
-from pipeline.config import FLOAT32, parse_dtype
+from pipeline.dtypes import FLOAT32, parse_dtype
 from pipeline.errors import (
     DTypeError,
     FileFormatError,
@@ -49,11 +49,11 @@ from pipeline.errors import (
     PipelineError,
     ShapeError,
 )
-from pipeline.io.native import NativeWorkers
-from pipeline.io.rows import Gather
+from pipeline.flow import Gather
 from pipeline.io.sinks import _memory_bytes
 from pipeline.io.sources import ArraySource, open_npy
 from pipeline.kernels.driver import count_gpus
+from pipeline.staging.native import NativeWorkers
 
 IN, OUT = 6, 5
 LAYER = random_layer(IN, OUT)

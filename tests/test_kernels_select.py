@@ -9,10 +9,10 @@ from math import ceil
 
 import pytest
 
-from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from pipeline.errors import DeviceError, DTypeError, OptionError
 from pipeline.kernels import ARCHITECTURES, Problem, all_variants, runs_as, select
-from pipeline.kernels.select import _SHARED_BYTES, alignment, architecture, candidates
+from pipeline.kernels.choose import _SHARED_BYTES, alignment, architecture, candidates
 
 BF16 = Problem(BFLOAT16, BFLOAT16, "bfloat16", 8192, 8192)
 TF32 = Problem(FLOAT32, FLOAT32, "tf32", 8192, 8192)

@@ -22,17 +22,19 @@ from needs import IN_CI
 import pipeline.devices.cpu
 from pipeline import Pipeline
 from pipeline.arrays import HostArray, address_of
-from pipeline.config import DType, Staging
-from pipeline.devices.base import DeviceRows, NativeCopies
+from pipeline.config import Staging
+from pipeline.devices.base import NativeCopies
 from pipeline.devices.cpu import CpuDevice
+from pipeline.dtypes import DType
 from pipeline.errors import DriverError, FileFormatError, PipelineError
+from pipeline.flow import DeviceRows
 from pipeline.instrument import STAGE_COLORS, STAGES, Ranges
-from pipeline.io import native
-from pipeline.io.lanes import StagingLanes
-from pipeline.io.native import NativeWorkers
-from pipeline.io.rows import ArrayRows
-from pipeline.layer import FusedLinear
-from pipeline.trace import read_trace
+from pipeline.io.memory import ArrayRows
+from pipeline.layer.linear import FusedLinear
+from pipeline.report.trace import read_trace
+from pipeline.staging import native
+from pipeline.staging.native import NativeWorkers
+from pipeline.staging.native_mover import StagingLanes
 
 _FUNCTIONS = ("fake_set_context", "fake_copy_in", "fake_copy_out", "fake_record", "fake_query")
 _REFUSAL, _FAILURE = 0, 1

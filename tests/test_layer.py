@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 
 from pipeline import DTypeError, FileFormatError, FusedLinear, InputError, OptionError, ShapeError
 from pipeline.arrays import byte_range, host_tensor, host_view, overlaps, to_float64
-from pipeline.config import DTYPES, parse_dtype
-from pipeline.forward import HostWeights, add_scaled_sigmoid, check_gpu_out, reference, sigmoid_scale_add
+from pipeline.dtypes import DTYPES, parse_dtype
+from pipeline.layer.forward import HostWeights, add_scaled_sigmoid, check_gpu_out, reference, sigmoid_scale_add
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 # What rounding to an element type can cost a value, relative to the larger of itself and 1.

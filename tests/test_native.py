@@ -22,11 +22,11 @@ from device_tests import assert_same_bits, batches_of, poisoned, random_layer, r
 
 from pipeline import FileFormatError, FusedLinear, OptionError, OutputError, Pipeline, PipelineError, run_pipelined
 from pipeline.arrays import HostArray, host_tensor
-from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, DType
-from pipeline.io import native
-from pipeline.io.jobs import Cast, CopyJob, ReadJob, WriteJob
-from pipeline.io.native import INSTRUCTIONS, NativeWorkers, open_workers
-from pipeline.io.staging import ThreadWorkers
+from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from pipeline.staging import native
+from pipeline.staging.jobs import Cast, CopyJob, ReadJob, WriteJob
+from pipeline.staging.native import INSTRUCTIONS, NativeWorkers, open_workers
+from pipeline.staging.threads import ThreadWorkers
 
 ROOT = Path(__file__).resolve().parents[1]
 CASTS = [Cast(FLOAT32, BFLOAT16), Cast(FLOAT32, FLOAT16), Cast(BFLOAT16, FLOAT32), Cast(FLOAT16, FLOAT32)]
@@ -53,7 +53,7 @@ def test_native_library_is_built_wherever_there_is_a_compiler() -> None:
     library, reason = native._library()
     assert library is not None, f"the native copy workers are {reason}; pip install -e . builds them"
     names = ("host_copy.c", "host_copy.h", "host_lanes.c", "host_move.h")
-    sources = [(ROOT / "csrc" / name).read_bytes() for name in names]
+    sources = [(ROOT / "csrc" / "host" / name).read_bytes() for name in names]
     assert library.host_copy_source().decode() == hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
@@ -337,7 +337,7 @@ def test_workers_that_cannot_load_are_replaced_and_the_report_says_why(
     if kind == "stale":
         (built,) = (ROOT / "pipeline").glob("_host_copy*.so")
         shutil.copy(built, package.parent)
-        (tmp_path / "csrc" / "host_move.h").write_text("// changed since\n")
+        (tmp_path / "csrc" / "host" / "host_move.h").write_text("// changed since\n")
     monkeypatch.setattr(native, "__file__", str(package / "native.py"))
     monkeypatch.setattr(native, "_library", native._library.__wrapped__)
     reason = {"absent": "not built", "broken": "can't be loaded", "stale": "other sources"}[kind]

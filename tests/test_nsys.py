@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from nsys_export import PROCESS, Export
 
-from pipeline import nsys
 from pipeline.errors import DeviceError, FileFormatError, OptionError
 from pipeline.instrument import RUN, Interval
-from pipeline.timeline import device_use
+from pipeline.report import nsys
+from pipeline.report.timeline import device_use
 
 US = 1000
 START = 25_000_000  # of the large run, in ns

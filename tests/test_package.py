@@ -78,15 +78,16 @@ def test_package_versions_agree() -> None:
 
 def test_package_metadata_lists_every_folder_with_modules() -> None:
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "pipeline").rglob("*.py")}
-    packages = {".".join(folder.parts) for folder in folders} | {"pipeline.csrc"}
+    packages = {".".join(folder.parts) for folder in folders} | {"pipeline.csrc.gpu", "pipeline.csrc.host"}
     assert packages == set(PROJECT["tool"]["setuptools"]["packages"])
 
 
-def test_package_metadata_covers_every_file_of_csrc() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["pipeline.csrc"]
+@pytest.mark.parametrize("folder", ["gpu", "host"])
+def test_package_metadata_covers_every_file_of_csrc(folder: str) -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"][f"pipeline.csrc.{folder}"]
     left_out = [
         path.name
-        for path in (ROOT / "csrc").iterdir()
+        for path in (ROOT / "csrc" / folder).iterdir()
         if path.is_file() and not path.name.startswith(".") and not any(path.match(pattern) for pattern in patterns)
     ]
     assert left_out == []

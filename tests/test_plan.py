@@ -16,11 +16,11 @@ import pytest
 from device_tests import random_layer
 
 from pipeline import Pipeline
-from pipeline.config import BFLOAT16, FLOAT16, FLOAT32
+from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pipeline.errors import FileFormatError, OptionError
 from pipeline.io.sources import open_source
-from pipeline.machine import Machine
-from pipeline.plan import Job, predict
+from pipeline.plan.machine import Machine
+from pipeline.plan.predict import Job, predict
 
 ROOT = Path(__file__).resolve().parents[1]
 H200 = Machine.load("h200")
@@ -237,7 +237,7 @@ def test_plan_refuses_what_it_can_not_know() -> None:
 
 # -- a machine's file --------------------------------------------------------------------------------------------------
 
-SHIPPED = json.loads((ROOT / "pipeline/machines/h200.json").read_text())
+SHIPPED = json.loads((ROOT / "pipeline/plan/machines/h200.json").read_text())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from device_tests import random_layer, random_rows
 
 from pipeline import Pipeline, Progress, run_pipelined
 from pipeline.instrument import STAGES, Ceilings, Recorder
-from pipeline.report import Ends, StageStats, advice, bound, ceiling_rows_per_s, stage_stats
+from pipeline.report.stats import Ends, StageStats, advice, bound, ceiling_rows_per_s, stage_stats
 
 
 def stages(**busy_shares: float) -> dict[str, StageStats]:

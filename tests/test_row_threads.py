@@ -12,8 +12,9 @@ import pytest
 import torch
 from device_tests import assert_close, assert_same_bits, random_layer, random_rows
 
-from pipeline import fused_gemm_sigmoid_scale_add, row_threads
+from pipeline import fused_gemm_sigmoid_scale_add
 from pipeline.errors import uninterrupted
+from pipeline.layer import host_threads as row_threads
 
 
 @pytest.fixture

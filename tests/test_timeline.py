@@ -13,15 +13,7 @@ from hypothesis import strategies as st
 from pipeline import Pipeline
 from pipeline.devices.sim import Hardware, SimDevice
 from pipeline.instrument import STAGES, Interval, Recorder
-from pipeline.timeline import (
-    Timeline,
-    busy_s,
-    device_use,
-    from_recorders,
-    lanes_of,
-    steady_window,
-    use_lines,
-)
+from pipeline.report.timeline import Timeline, busy_s, device_use, from_recorders, lanes_of, steady_window, use_lines
 
 # Whole seconds, so that sums are exact.
 operations = st.lists(

@@ -23,7 +23,7 @@ from pipeline import (
     fused_gemm_sigmoid_scale_add,
     torch_op,
 )
-from pipeline.forward import reference, rows_for_kernel
+from pipeline.layer.forward import reference, rows_for_kernel
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -24,8 +24,8 @@ from needs import needs
 from pipeline import FusedLinear, OptionError, OutputError, Pipeline, TraceWarning, run_pipelined
 from pipeline.errors import FileFormatError
 from pipeline.instrument import STAGE_COLORS, STAGES, Ceilings, Interval
-from pipeline.timeline import Timeline
-from pipeline.trace import check_trace, read_trace, write_trace
+from pipeline.report.timeline import Timeline
+from pipeline.report.trace import check_trace, read_trace, write_trace
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 needs_matplotlib, needs_bokeh = needs("matplotlib", "plot"), needs("bokeh", "plot")
@@ -161,7 +161,7 @@ def test_trace_whose_drawing_fails_costs_nothing_but_a_warning(
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("odd")
 
-    monkeypatch.setattr("pipeline.trace.to_json", fail)
+    monkeypatch.setattr("pipeline.report.trace.to_json", fail)
     with pytest.warns(TraceWarning, match=r"run\.json: ZeroDivisionError\('odd'\)"):
         result = run_pipelined(layer, random_rows(30, 24), devices="cpu", trace=tmp_path / "run.json")
     assert len(result.out) == 30 and list(tmp_path.iterdir()) == []

@@ -15,15 +15,18 @@ import numpy as np
 import pytest
 
 import pipeline.api
-from pipeline import FusedLinear, Pipeline, tune
+from pipeline import FusedLinear, Pipeline
 from pipeline.arrays import HostArray
-from pipeline.config import FLOAT32, MIB, Staging
-from pipeline.devices.base import Device, DeviceRows, Operation, Workers
+from pipeline.config import MIB, Staging
+from pipeline.devices.base import Device
 from pipeline.devices.cpu import CpuDevice
 from pipeline.devices.sim import SimDevice
+from pipeline.dtypes import FLOAT32
 from pipeline.errors import DeviceMemoryError, OptionError
-from pipeline.measure import Copies, _Shape
-from pipeline.simulate import Lanes, _PlanDevice, _PlanWorkers
+from pipeline.flow import DeviceRows, Operation, Workers
+from pipeline.plan.simulate import Lanes, _PlanDevice, _PlanWorkers
+from pipeline.tuning import tune
+from pipeline.tuning.measure import Copies, _Shape
 
 MEASURED = tune.Measured(4 * MIB, 5, 3, 55.0, 54.0, 50.0, 60.0, 45.0, 0.9, "2026-11-22T20:00:00+00:00")
 FACTS = {"cpu": "one", "cores": 2, "devices": ["GPU"], "copy_workers": "native"}

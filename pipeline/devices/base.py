@@ -12,63 +12,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from pipeline.arrays import HostArray, address_of
-from pipeline.config import DType
-from pipeline.errors import DeviceNotFoundError, OptionError
-from pipeline.layer import FusedLinear
-
-
-class Operation(Protocol):
-    """Something queued: a copy, a kernel, a worker's job."""
-
-    def done(self) -> bool:
-        """Whether it has completed. Raises what the operation itself raised."""
-
-    def times(self) -> tuple[float, float]:
-        """Start and end in seconds on the device's clock; only once it is done."""
-
-
-class Workers(Protocol):
-    """Threads that copy rows between the caller's memory or files and pinned pieces."""
-
-    @property
-    def description(self) -> str:
-        """How many there are and what they are made of, for reports."""
-
-    def submit(self, work: Callable[[], None]) -> Operation:
-        """Queue `work`; jobs may run at the same time and finish in any order."""
-
-    def run(self, work: Callable[[], None]) -> None:
-        """Do `work` now and wait for it. Raises what it raises."""
-
-    def wait_all(self) -> None:
-        """Wait until every job that was submitted is done; what they raise is left to their operations."""
-
-    def close(self) -> None:
-        """Wait for the jobs and end the threads."""
-
-
-@dataclass(frozen=True)
-class DeviceRows:
-    """Rows in a device's memory already: first address and row stride in elements. `owner` keeps them alive."""
-
-    ordinal: int
-    address: int
-    stride: int
-    rows: int
-    owner: Any
-
-    def part(self, first: int, rows: int, itemsize: int) -> DeviceRows:
-        return DeviceRows(self.ordinal, self.address + first * self.stride * itemsize, self.stride, rows, self.owner)
+from pipeline.dtypes import DType
+from pipeline.flow import DeviceRows, Operation, Workers
+from pipeline.layer.linear import FusedLinear
 
 
 @dataclass(frozen=True)
 class NativeCopies:
-    """What code in C needs to copy between pinned memory and a device's slots (csrc/host_lanes.c).
+    """What code in C needs to copy between pinned memory and a device's slots (csrc/host/host_lanes.c).
 
     `functions` are the addresses of the CUDA driver's cuCtxSetCurrent, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync,
     cuEventRecord and cuEventQuery; then there are handles of a context and of streams. `new_event` makes an event that
@@ -195,47 +151,3 @@ def aligned_memory(n_bytes: int) -> HostArray:
     memory = np.empty(n_bytes + 63, np.uint8)
     start = -address_of(memory) % 64
     return memory[start : start + n_bytes]
-
-
-def find_devices(wanted: str | list[str] | tuple[str, ...] | None) -> list[str]:
-    """The names of the devices to use: every visible GPU where `wanted` is None, or the CPU where there is none.
-
-    Raises:
-        OptionError: not a device name, none at all, or one named twice.
-        DeviceNotFoundError: a GPU that isn't there.
-    """
-    from pipeline.devices.cuda import count_gpus
-
-    if wanted is None:
-        return [f"cuda:{i}" for i in range(count_gpus())] or ["cpu"]
-    if not isinstance(wanted, (str, list, tuple)):
-        raise OptionError(f"devices is {wanted!r}, expected None, a device name or a list of device names")
-    names = ["cuda:0" if name == "cuda" else str(name) for name in ([wanted] if isinstance(wanted, str) else wanted)]
-    if not names or len(set(names)) != len(names):
-        raise OptionError(f"devices is {wanted!r}, expected one or several different device names")
-    for name in names:
-        kind, _, ordinal = name.partition(":")
-        if name in ("cpu", "sim"):
-            continue
-        if kind != "cuda" or not ordinal.isdecimal():
-            raise OptionError(f"device {name!r} isn't known, expected 'cpu', 'cuda', 'cuda:<number>' or 'sim'")
-        count = count_gpus()
-        if int(ordinal) >= count:
-            there = f"there are {count}: cuda:0 to cuda:{count - 1}" if count else "no NVIDIA GPU is visible here"
-            raise DeviceNotFoundError(f"device {name!r} isn't there; {there}. Use devices='cpu' to run without a GPU")
-    return names
-
-
-def open_device(name: str) -> Device:
-    """The device of that name, opened."""
-    if name == "cpu":
-        from pipeline.devices.cpu import CpuDevice
-
-        return CpuDevice()
-    if name == "sim":
-        from pipeline.devices.sim import SimDevice
-
-        return SimDevice()
-    from pipeline.devices.cuda import CudaDevice
-
-    return CudaDevice(int(name.partition(":")[2]))

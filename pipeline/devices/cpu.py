@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.arrays import HostArray, address_of, host_tensor
-from pipeline.config import FLOAT32, DType
-from pipeline.devices.base import Device, DeviceRows, Operation, aligned_memory
+from pipeline.devices.base import Device, aligned_memory
+from pipeline.dtypes import FLOAT32, DType
 from pipeline.errors import DeviceMemoryError
-from pipeline.forward import HostWeights
-from pipeline.layer import FusedLinear
+from pipeline.flow import DeviceRows, Operation
+from pipeline.layer.forward import HostWeights
+from pipeline.layer.linear import FusedLinear
 
 _PATIENCE_S = 5e-4, 3.2e-2  # with the copy workers, at first and at most
 # Threads of each engine. Two that queue kernels: cores that are done with one chunk begin with the next.

@@ -22,19 +22,21 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from pipeline.arrays import HostArray, address_of
-from pipeline.config import GIB, DType
-from pipeline.devices.base import Device, DeviceRows, NativeCopies, Operation
+from pipeline.config import GIB
+from pipeline.devices.base import Device, NativeCopies
+from pipeline.dtypes import DType
 from pipeline.errors import DeviceError, DeviceMemoryError
-from pipeline.forward import ALIGNMENT_BYTES
+from pipeline.flow import DeviceRows, Operation
+from pipeline.kernels.choose import Problem, runs_as
 from pipeline.kernels.driver import call, call_error, check_not_forked, count_gpus, driver
 from pipeline.kernels.launch import Launcher, in_context
-from pipeline.kernels.select import Problem, runs_as
 from pipeline.kernels.split import PreparedSplit, SplitRows, is_split, prepare_split_launch
-from pipeline.layer import FusedLinear
+from pipeline.layer.forward import ALIGNMENT_BYTES
+from pipeline.layer.linear import FusedLinear
 
 __all__ = ["CudaDevice", "count_gpus"]
 
-_DRIVER_API = 12000  # the version of the driver's functions that csrc/host_lanes.c calls, which are:
+_DRIVER_API = 12000  # the version of the driver's functions that csrc/host/host_lanes.c calls, which are:
 _FOR_C = ("cuCtxSetCurrent", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuEventRecord", "cuEventQuery")
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # linux/prctl.h
 # NOTE: times mix two clocks, starts of the host's and ends of the GPU's. Clocks differ by some 1e-5 (not measured

@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.arrays import HostArray, host_tensor
-from pipeline.config import FLOAT32, DType
-from pipeline.devices.base import Device, DeviceRows, Operation, Workers, aligned_memory
+from pipeline.devices.base import Device, aligned_memory
+from pipeline.dtypes import FLOAT32, DType
 from pipeline.errors import DriverError
-from pipeline.layer import FusedLinear
+from pipeline.flow import DeviceRows, Operation, Workers
+from pipeline.layer.linear import FusedLinear
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray, host_view, is_cuda, is_torch
-from pipeline.config import DType
+from pipeline.dtypes import DType
 from pipeline.errors import InputError, PipelineError
-from pipeline.forward import check_rows
-from pipeline.io.jobs import CopyJob, cast_between
-from pipeline.io.rows import ArrayRows, ArrayTarget, BatchResult, Chunk, Feed, Gather, Sink, Source
-from pipeline.layer import FusedLinear
+from pipeline.flow import BatchResult, Chunk, Feed, Gather, Sink, Source
+from pipeline.io.memory import ArrayRows, ArrayTarget
+from pipeline.layer.forward import check_rows
+from pipeline.layer.linear import FusedLinear
+from pipeline.staging.jobs import CopyJob, cast_between
 
 _PATIENCE_S = 5.0  # with an iterable, once the run stops
 

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray, address_of
-from pipeline.config import GIB, DType
+from pipeline.config import GIB
+from pipeline.dtypes import DType
 from pipeline.errors import OutputError
-from pipeline.io.jobs import Cast, Job, ReadJob, WriteJob, cast_between
-from pipeline.io.rows import Chunk, Feed, Gather, RangeFeed, Sink, Source
+from pipeline.flow import Chunk, Feed, Gather, Sink, Source
+from pipeline.io.memory import RangeFeed
+from pipeline.staging.jobs import Cast, Job, ReadJob, WriteJob, cast_between
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray, host_tensor, host_view, is_cuda, is_torch, overlaps
-from pipeline.config import DType, parse_dtype
-from pipeline.devices.base import DeviceRows
+from pipeline.dtypes import DType, parse_dtype
 from pipeline.errors import DTypeError, OptionError, OutputError, OutputExistsError
-from pipeline.forward import check_gpu_layout, check_gpu_out, check_out
+from pipeline.flow import Chunk, DeviceRows, Sink, Source
 from pipeline.io.files import MapSink, has_lines, memmap_of, open_map, reserve
-from pipeline.io.jobs import Cast, cast_between
-from pipeline.io.npy import NpyFileSink
-from pipeline.io.rows import ArrayTarget, Chunk, Sink, Source
+from pipeline.io.formats.npy import NpyFileSink
+from pipeline.io.memory import ArrayTarget
 from pipeline.io.sources import CudaSource, reads_from, source_bytes
-from pipeline.layer import FusedLinear
+from pipeline.layer.forward import check_gpu_layout, check_gpu_out, check_out
+from pipeline.layer.linear import FusedLinear
+from pipeline.staging.jobs import Cast, cast_between
 
 
 class ArraySink(Sink):

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray, byte_range, host_view, is_cuda, is_torch, overlaps
-from pipeline.config import DType, parse_dtype
-from pipeline.devices.base import DeviceRows
+from pipeline.dtypes import DType, parse_dtype
 from pipeline.errors import FileFormatError, InputError
-from pipeline.forward import check_rows
+from pipeline.flow import BatchResult, DeviceRows, Feed, Gather, Source
 from pipeline.io.batches import BatchSource
 from pipeline.io.files import FileLayout, FileSource, MappedFile, memmap_of, open_map
-from pipeline.io.jobs import cast_between
-from pipeline.io.rows import ArrayRows, BatchResult, Feed, Gather, RangeFeed, Source
-from pipeline.layer import FusedLinear
+from pipeline.io.memory import ArrayRows, RangeFeed
+from pipeline.layer.forward import check_rows
+from pipeline.layer.linear import FusedLinear
+from pipeline.staging.jobs import cast_between
 
 
 class ArraySource(Source):

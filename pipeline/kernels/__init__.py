@@ -3,6 +3,6 @@
 Importing this package imports no CUDA library; `compile` and `launch` load theirs at the first call.
 """
 
-from pipeline.kernels.select import ARCHITECTURES, Problem, Variant, all_variants, runs_as, select
+from pipeline.kernels.choose import ARCHITECTURES, Problem, Variant, all_variants, runs_as, select
 
 __all__ = ["ARCHITECTURES", "Problem", "Variant", "all_variants", "runs_as", "select"]

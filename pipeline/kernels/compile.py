@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.config import cache_dir
 from pipeline.errors import CompileError, DeviceError
-from pipeline.kernels.select import Variant
+from pipeline.kernels.choose import Variant
 
 _CUDA_HEADERS = ("cuda_bf16.h", "cuda_bf16.hpp", "cuda_fp16.h", "cuda_fp16.hpp")
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -52,10 +52,10 @@ def csrc_dir() -> Path:
         DeviceError: neither is there.
     """
     package = Path(__file__).resolve().parent.parent
-    for folder in (package / "csrc", package.parent / "csrc"):
+    for folder in (package / "csrc" / "gpu", package.parent / "csrc" / "gpu"):
         if (folder / "fused_linear.cuh").is_file():
             return folder
-    raise DeviceError(f"the CUDA sources are missing from {package / 'csrc'}; install the package again")
+    raise DeviceError(f"the CUDA sources are missing from {package / 'csrc' / 'gpu'}; install the package again")
 
 
 @functools.cache

@@ -14,22 +14,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pipeline.config import DType
+from pipeline.dtypes import DType
 from pipeline.errors import DeviceNotFoundError, OptionError, ShapeError
+from pipeline.kernels.choose import Problem, Variant, alignment, architecture, select
 from pipeline.kernels.compile import compile_variant
 from pipeline.kernels.driver import call, call_error, check_not_forked, driver
-from pipeline.kernels.select import Problem, Variant, alignment, architecture, select
 from pipeline.kernels.tensor_map import TensorMap, tensor_map
 
 _MAX_STRIDE_BYTES = 2**32 - 1
 _MAX_ROW_BYTES = 2**31 - 2**12
 _MAX_ROWS = 2**31 - 2**12
 _MAX_BLOCKS = 2**31 - 1
-_Y_BOX_ROWS = 16  # a warp's rows (csrc/fused_linear_sm90.cuh)
+_Y_BOX_ROWS = 16  # a warp's rows (csrc/gpu/fused_linear_sm90.cuh)
 
 
 class FusedLinearArgs(ctypes.Structure):
-    """The one argument of the sm80 and SIMT kernels; the same fields as in csrc/fused_linear.cuh."""
+    """The one argument of the sm80 and SIMT kernels; the same fields as in csrc/gpu/fused_linear.cuh."""
 
     _fields_ = (
         ("x", ctypes.c_void_p),
@@ -51,7 +51,7 @@ class FusedLinearArgs(ctypes.Structure):
 
 
 class FusedLinearSm90Args(ctypes.Structure):
-    """The one argument of the Hopper kernels; the same fields as in csrc/fused_linear_sm90.cuh."""
+    """The one argument of the Hopper kernels; the same fields as in csrc/gpu/fused_linear_sm90.cuh."""
 
     _fields_ = (
         ("x", TensorMap),

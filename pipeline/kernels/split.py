@@ -10,18 +10,18 @@ import ctypes
 import functools
 from dataclasses import dataclass
 
-from pipeline.config import FLOAT16
+from pipeline.dtypes import FLOAT16
 from pipeline.errors import OptionError
+from pipeline.kernels.choose import Problem, Variant, alignment, listed_rows_variant, runs_as, split_rows_variant
 from pipeline.kernels.driver import call
 from pipeline.kernels.launch import Launcher, PreparedLaunch, TmaOperand, in_context
-from pipeline.kernels.select import Problem, Variant, alignment, listed_rows_variant, runs_as, split_rows_variant
 
 _BLOCKS_PER_MULTIPROCESSOR = 8  # of split_rows, 256 threads each
-_GROUP = 32  # elements whose parts lie together (csrc/split_rows.cu)
+_GROUP = 32  # elements whose parts lie together (csrc/gpu/split_rows.cu)
 
 
 class SplitRowsArgs(ctypes.Structure):
-    """The one argument of split_rows; the same fields as in csrc/split_rows.cu."""
+    """The one argument of split_rows; the same fields as in csrc/gpu/split_rows.cu."""
 
     _fields_ = (
         ("v", ctypes.c_void_p),

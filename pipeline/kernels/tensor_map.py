@@ -6,7 +6,7 @@ import ctypes
 import functools
 from typing import Any
 
-from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, DType
+from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
 from pipeline.errors import ShapeError
 from pipeline.kernels.driver import call_error, driver
 
@@ -17,7 +17,7 @@ _MAX_STRIDE_BYTES = 2**40 - 16
 
 
 class TensorMap(ctypes.Structure):
-    """An encoded map, opaque; the same bytes as in csrc/ptx_sm90.cuh."""
+    """An encoded map, opaque; the same bytes as in csrc/gpu/ptx_sm90.cuh."""
 
     _fields_ = (("opaque", ctypes.c_uint64 * (TENSOR_MAP_BYTES // 8)),)
 

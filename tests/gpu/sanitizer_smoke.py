@@ -19,9 +19,9 @@ from cuda.bindings import driver
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.config import parse_dtype
+from pipeline.dtypes import parse_dtype
+from pipeline.kernels.choose import Problem, alignment, candidates
 from pipeline.kernels.launch import Launcher, in_context
-from pipeline.kernels.select import Problem, alignment, candidates
 from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch, SplitRows
 
 # rows, in_features, out_features: inside one tile, ragged in every direction, and several tiles and ring rounds.

@@ -34,8 +34,8 @@ if not count_gpus():
 import torch
 
 from pipeline import FusedLinear, Pipeline, pin, run_pipelined
-from pipeline.devices.base import find_devices, open_device
 from pipeline.devices.cuda import is_pinned
+from pipeline.devices.names import find_devices, open_device
 from pipeline.errors import DeviceError, DeviceMemoryError, DriverError, DTypeError, InputError, OptionError
 
 LAYER = random_layer(256, 192)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import parse_dtype
+from pipeline.dtypes import parse_dtype
 from pipeline.errors import DTypeError
+from pipeline.kernels.choose import Problem, Variant, candidates
 from pipeline.kernels.launch import Launcher
-from pipeline.kernels.select import Problem, Variant, candidates
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():

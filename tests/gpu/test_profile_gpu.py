@@ -12,9 +12,9 @@ import pytest
 from pipeline.devices.cuda import count_gpus
 from pipeline.errors import OptionError
 from pipeline.instrument import STAGES
-from pipeline.nsys import find_nsys, read_report, record
-from pipeline.timeline import Timeline, busy_s, device_use
-from pipeline.trace import read_trace
+from pipeline.report.nsys import find_nsys, read_report, record
+from pipeline.report.timeline import Timeline, busy_s, device_use
+from pipeline.report.trace import read_trace
 
 if not count_gpus():
     pytest.skip("no NVIDIA GPU is visible", allow_module_level=True)

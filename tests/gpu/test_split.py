@@ -10,10 +10,10 @@ import pytest
 from bench_errors import BIASED, DATA, errors, problem, product
 
 from pipeline import FusedLinear, Pipeline, fused_gemm_sigmoid_scale_add
-from pipeline.config import FLOAT32
 from pipeline.devices.cuda import CudaDevice, count_gpus
+from pipeline.dtypes import FLOAT32
+from pipeline.kernels.choose import Problem, Variant, candidates
 from pipeline.kernels.launch import Launcher
-from pipeline.kernels.select import Problem, Variant, candidates
 from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch, SplitRows
 
 torch = pytest.importorskip("torch")

@@ -1,4 +1,4 @@
-// A stand-in for the CUDA driver's functions that csrc/host_lanes.c calls: "device memory" is the host's, two streams
+// A stand-in for the CUDA driver's functions that csrc/host/host_lanes.c calls: "device memory" is the host's, two streams
 // run copies and events in order, each in a thread of its own and with random delays, and one copy can be made to fail.
 //
 // Compiled into host_lanes_stress.c, and as a library of its own for tests/test_lanes.py.

@@ -1,4 +1,4 @@
-// Stresses csrc/host_copy.c under the sanitizers: jobs of every kind, all
+// Stresses csrc/host/host_copy.c under the sanitizers: jobs of every kind, all
 // instruction sets, several submitting threads, calls that fail.
 // tests/test_native_sanitizers.py builds and runs it. Exits 0 and says what it
 // did, or aborts.
@@ -13,7 +13,7 @@ static ssize_t troubled_pread(int fd, void* target, size_t bytes, off_t offset);
 static ssize_t troubled_pwrite(int fd, const void* source, size_t bytes, off_t offset);
 #define HOST_COPY_PREAD troubled_pread
 #define HOST_COPY_PWRITE troubled_pwrite
-#include "../../csrc/host_copy.c"
+#include "../../csrc/host/host_copy.c"
 #include "stress.h"
 
 // One call in three moves a part only, one in seven is interrupted; `broken`

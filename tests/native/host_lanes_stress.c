@@ -1,4 +1,4 @@
-// Stresses csrc/host_lanes.c under the sanitizers with the driver of
+// Stresses csrc/host/host_lanes.c under the sanitizers with the driver of
 // fake_driver.c: transfers of every kind in both lanes, rings of few pieces,
 // copies that fail on the host or on the device, cancelling at any moment.
 // tests/test_native_sanitizers.py builds and runs it. Exits 0 and says what it
@@ -7,8 +7,8 @@
 #define _GNU_SOURCE
 #include <stdio.h>
 
-#include "../../csrc/host_copy.c"
-#include "../../csrc/host_lanes.c"
+#include "../../csrc/host/host_copy.c"
+#include "../../csrc/host/host_lanes.c"
 #include "fake_driver.c"
 #include "stress.h"
 

@@ -1,4 +1,4 @@
-"""Staging lanes in C (csrc/host_lanes.c): chunks between the host's rows and a device's slots, through pinned pieces.
+"""Staging lanes in C (csrc/host/host_lanes.c): chunks between host rows and a device's slots, by pinned pieces.
 
 The executor gives whole chunks and hears when they are through. What happens to their pieces happens in C: Python took
 100 to 150 us for a piece in and one out (H200 host), in which the bus moves 4 MiB and more each way.
@@ -16,13 +16,13 @@ import numpy as np
 from pipeline.arrays import HostArray, address_of
 from pipeline.devices.base import NativeCopies
 from pipeline.errors import PipelineError
-from pipeline.io.jobs import Job
-from pipeline.io.native import NativeWorkers, Request, copy_request
-from pipeline.io.rows import SourceRows, TargetRows
-from pipeline.io.staging import Ring
+from pipeline.flow import SourceRows, TargetRows
+from pipeline.staging.jobs import Job
+from pipeline.staging.native import NativeWorkers, Request, copy_request
+from pipeline.staging.ring import Ring
 
 
-# The same fields as in csrc/host_lanes.c.
+# The same fields as in csrc/host/host_lanes.c.
 class _Device(ctypes.Structure):
     _fields_ = (
         ("context", ctypes.c_void_p),

@@ -29,8 +29,8 @@ from pipeline.errors import CompileError, DeviceError, OptionError, OutputError,
 
 if TYPE_CHECKING:
     from pipeline.api import Progress
-    from pipeline.layer import FusedLinear
-    from pipeline.timeline import Timeline
+    from pipeline.layer.linear import FusedLinear
+    from pipeline.report.timeline import Timeline
 
 _REMEDIES = {
     errno.ENOENT: "check the path",
@@ -73,7 +73,7 @@ def _count_or_auto(text: str) -> int | str:
 
 
 def _gb_per_s(text: str) -> float:
-    from pipeline.machine import is_rate
+    from pipeline.plan.machine import is_rate
 
     try:
         rate = float(text)
@@ -307,8 +307,8 @@ def _progress_bar(layer: FusedLinear, out_itemsize: int, wanted: bool) -> Iterat
 
 def _run(args: argparse.Namespace) -> int:
     from pipeline.api import run_pipelined
-    from pipeline.config import parse_out_dtype
-    from pipeline.layer import FusedLinear
+    from pipeline.dtypes import parse_out_dtype
+    from pipeline.layer.linear import FusedLinear
 
     layer = FusedLinear.from_file(args.weights, args.scaling_factor, precision=args.precision)
     out_dtype = parse_out_dtype(args.out_dtype) if args.out_dtype is not None else None
@@ -343,8 +343,8 @@ def _run(args: argparse.Namespace) -> int:
 
 def _show_timeline(args: argparse.Namespace, timeline: Timeline, stats: dict[str, Any] | None) -> None:
     """Print the use of the lanes and draw the timeline, as the options say. Drawing may fail, so it comes last."""
-    from pipeline.timeline import device_use, use_lines
-    from pipeline.trace import write_trace
+    from pipeline.report.timeline import device_use, use_lines
+    from pipeline.report.trace import write_trace
 
     if args.json:
         uses = {device: device_use(operations).as_dict() for device, operations in timeline.devices.items()}
@@ -359,8 +359,8 @@ def _show_timeline(args: argparse.Namespace, timeline: Timeline, stats: dict[str
 
 
 def _profile(args: argparse.Namespace) -> int:
-    from pipeline.nsys import read_report, record
-    from pipeline.trace import check_trace
+    from pipeline.report.nsys import read_report, record
+    from pipeline.report.trace import check_trace
 
     if args.trace is not None:
         check_trace(args.trace)
@@ -381,7 +381,7 @@ def _profile(args: argparse.Namespace) -> int:
 
 
 def _view(args: argparse.Namespace) -> int:
-    from pipeline.trace import check_trace, read_trace
+    from pipeline.report.trace import check_trace, read_trace
 
     if args.trace is not None:
         check_trace(args.trace)
@@ -391,10 +391,11 @@ def _view(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from pipeline.config import DEFAULT_STREAMS, parse_dtype, parse_out_dtype, parse_precision, wire_dtypes
-    from pipeline.kernels.select import Problem, runs_as
-    from pipeline.machine import Machine
-    from pipeline.plan import Job, predict
+    from pipeline.config import DEFAULT_STREAMS
+    from pipeline.dtypes import parse_dtype, parse_out_dtype, parse_precision, wire_dtypes
+    from pipeline.kernels.choose import Problem, runs_as
+    from pipeline.plan.machine import Machine
+    from pipeline.plan.predict import Job, predict
 
     dtype = parse_dtype(args.dtype, "dtype")
     precision = parse_precision(args.precision, dtype)
@@ -434,9 +435,9 @@ def _gpu_info(ordinal: int) -> dict[str, Any]:
     """What one GPU is, and the kernel that each type and precision gets there (selected, not compiled)."""
     import torch
 
-    from pipeline.config import BFLOAT16, FLOAT16, FLOAT32
+    from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32
+    from pipeline.kernels.choose import Problem, select
     from pipeline.kernels.launch import Launcher
-    from pipeline.kernels.select import Problem, select
 
     try:
         gpu = Launcher.for_device(ordinal)
@@ -462,9 +463,10 @@ def _collect_info() -> dict[str, Any]:
 
     import torch
 
-    from pipeline import config, tune
-    from pipeline.devices.base import open_device
+    from pipeline import config
     from pipeline.devices.cuda import count_gpus
+    from pipeline.devices.names import open_device
+    from pipeline.tuning import tune
 
     versions = {"pipeline": __version__, "python": sys.version.split()[0]}
     for package in ("numpy", "torch", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc"):
@@ -537,7 +539,7 @@ def _info(args: argparse.Namespace) -> int:
 
 def _demo(args: argparse.Namespace) -> int:
     from pipeline.demo import run_demo
-    from pipeline.devices.base import find_devices
+    from pipeline.devices.names import find_devices
 
     say = (lambda _: None) if args.json else print
     names = find_devices(args.devices)

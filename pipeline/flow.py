@@ -9,7 +9,6 @@ fill and drain pieces cast.
 
 from __future__ import annotations
 
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,9 +16,52 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.arrays import HostArray
-from pipeline.config import DType
-from pipeline.devices.base import DeviceRows
-from pipeline.io.jobs import Cast, CopyJob, Job
+from pipeline.dtypes import DType
+from pipeline.staging.jobs import Job
+
+
+class Operation(Protocol):
+    """Something queued: a copy, a kernel, a worker's job."""
+
+    def done(self) -> bool:
+        """Whether it has completed. Raises what the operation itself raised."""
+
+    def times(self) -> tuple[float, float]:
+        """Start and end in seconds on the device's clock; only once it is done."""
+
+
+class Workers(Protocol):
+    """Threads that copy rows between the caller's memory or files and pinned pieces."""
+
+    @property
+    def description(self) -> str:
+        """How many there are and what they are made of, for reports."""
+
+    def submit(self, work: Callable[[], None]) -> Operation:
+        """Queue `work`; jobs may run at the same time and finish in any order."""
+
+    def run(self, work: Callable[[], None]) -> None:
+        """Do `work` now and wait for it. Raises what it raises."""
+
+    def wait_all(self) -> None:
+        """Wait until every job that was submitted is done; what they raise is left to their operations."""
+
+    def close(self) -> None:
+        """Wait for the jobs and end the threads."""
+
+
+@dataclass(frozen=True)
+class DeviceRows:
+    """Rows in a device's memory already: first address and row stride in elements. `owner` keeps them alive."""
+
+    ordinal: int
+    address: int
+    stride: int
+    rows: int
+    owner: Any
+
+    def part(self, first: int, rows: int, itemsize: int) -> DeviceRows:
+        return DeviceRows(self.ordinal, self.address + first * self.stride * itemsize, self.stride, rows, self.owner)
 
 
 class SourceRows(Protocol):
@@ -40,35 +82,6 @@ class TargetRows(Protocol):
 
     def drain(self, first: int, piece: HostArray) -> Job:
         """The job that stores `piece` at rows [first, first + len(piece)) of the chunk."""
-
-
-class ArrayRows:
-    """Rows of an array of any strides and byte order."""
-
-    def __init__(self, array: HostArray, cast: Cast | None = None) -> None:
-        self._array, self._cast = array, cast
-        self.array = _in_place(array, cast)
-
-    def fill(self, first: int, piece: HostArray) -> Job:
-        return CopyJob(piece, self._array[first : first + len(piece)], self._cast)
-
-
-class ArrayTarget:
-    """Rows of an array of any strides and byte order; `fresh` where its memory has never been written.
-
-    Streaming stores: nobody reads the result before the run is over, and pieces stay in the cache.
-    """
-
-    def __init__(self, array: HostArray, cast: Cast | None = None, *, fresh: bool = False) -> None:
-        self._array, self._cast, self._fresh = array, cast, fresh
-        self.array = _in_place(array, cast)
-
-    def drain(self, first: int, piece: HostArray) -> Job:
-        return CopyJob(self._array[first : first + len(piece)], piece, self._cast, streaming=True, fresh=self._fresh)
-
-
-def _in_place(array: HostArray, cast: Cast | None) -> HostArray | None:
-    return array if cast is None and array.flags.c_contiguous and array.dtype.isnative else None
 
 
 @dataclass(eq=False)
@@ -117,37 +130,6 @@ class Gather:
     buffers: Callable[[int], HostArray]
     depth: int
     copy: Callable[[Job], None]
-
-
-class RangeFeed(Feed):
-    """Chunks of a source whose rows can be read in any order.
-
-    NOTE: shorter chunks at both ends would gain nothing. Rows come back behind those that go out by the longest chunk's
-    copy and kernel, whatever the other chunks' lengths.
-    """
-
-    def __init__(self, rows: int, chunk_rows: int, part: Callable[[int, int], SourceRows | DeviceRows]) -> None:
-        self._rows, self._chunk_rows, self._part = rows, chunk_rows, part
-        self._lock = threading.Lock()
-        self._next = 0
-        self._count = -(-rows // chunk_rows)
-
-    def take(self) -> Chunk | None:
-        with self._lock:
-            if self._next >= self._count:
-                return None
-            index = self._next
-            self._next += 1
-        row = index * self._chunk_rows
-        rows = min(self._chunk_rows, self._rows - row)
-        return Chunk(index, row, rows, self._part(row, rows))
-
-    @property
-    def exhausted(self) -> bool:
-        return self._next >= self._count
-
-    def stop(self) -> None:
-        self._next = self._count
 
 
 class Source(ABC):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.instrument import STAGE_COLORS, STAGES, Interval
-from pipeline.report import rate_text
-from pipeline.timeline import DeviceUse, Timeline, device_use, lanes_of
+from pipeline.report.stats import rate_text
+from pipeline.report.timeline import DeviceUse, Timeline, device_use, lanes_of
 
 COLORS = {stage: f"#{color:06X}" for stage, color in STAGE_COLORS.items()}
 NOTHING = "No operations were recorded: the run had no rows."

@@ -6,11 +6,11 @@ import errno
 import os
 from pathlib import Path
 
-from pipeline.config import DType
+from pipeline.dtypes import DType
 from pipeline.errors import OutputError, OutputExistsError
+from pipeline.flow import Chunk, Sink
 from pipeline.io.files import FileLayout, FileRows, reserve
-from pipeline.io.jobs import cast_between, disk_error
-from pipeline.io.rows import Chunk, Sink
+from pipeline.staging.jobs import cast_between, disk_error
 
 _HEADER_BYTES = 128  # of the files written
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import FileFormatError, OptionError
-from pipeline.kernels.select import ARCHITECTURES
+from pipeline.kernels.choose import ARCHITECTURES
 
 _RUNS_AS = ("fp32", "ieee", "tf32", "bfloat16", "float16")
 _SHIPPED = Path(__file__).parent / "machines"

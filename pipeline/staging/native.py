@@ -1,4 +1,4 @@
-"""Copy workers in C (csrc/host_copy.c), off the GIL: one job keeps all of them busy, the executor polls its counter."""
+"""Copy workers in C (csrc/host/host_copy.c), off the GIL: one job keeps all busy, the executor polls its counter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.arrays import HostArray, address_of
-from pipeline.config import BFLOAT16, FLOAT16, FLOAT32, native_copy
-from pipeline.devices.base import Operation, Workers
+from pipeline.config import native_copy
+from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pipeline.errors import PipelineError
-from pipeline.io.jobs import Cast, CopyJob, Job, ReadJob, WriteJob
-from pipeline.io.staging import ThreadWorkers
+from pipeline.flow import Operation, Workers
+from pipeline.staging.jobs import Cast, CopyJob, Job, ReadJob, WriteJob
+from pipeline.staging.threads import ThreadWorkers
 
 _COPY, _READ_FILE, _WRITE_FILE = range(3)
 _CASTS: dict[Cast | None, int] = {
@@ -30,7 +31,7 @@ INSTRUCTIONS = {"best": 0, "AVX2": 1, "portable": 2}  # at most these
 
 
 class Request(ctypes.Structure):
-    """The same fields as in csrc/host_copy.h."""
+    """The same fields as in csrc/host/host_copy.h."""
 
     _fields_ = (
         ("kind", ctypes.c_int32),
@@ -49,7 +50,7 @@ class Request(ctypes.Structure):
 
 
 class _Result(ctypes.Structure):
-    """The same fields as in csrc/host_copy.h."""
+    """The same fields as in csrc/host/host_copy.h."""
 
     _fields_ = (
         ("start_ns", ctypes.c_int64),
@@ -66,8 +67,8 @@ def _library() -> tuple[Any, str]:
     built = sorted(package.glob("_host_copy*.so"))
     if not built:
         return None, "not built: no C compiler when the package was installed"
-    sources = next((folder for folder in (package / "csrc", package.parent / "csrc") if folder.is_dir()), package)
-    files = sorted(sources.glob("host_*.[ch]"))
+    folders = (package / "csrc" / "host", package.parent / "csrc" / "host")
+    files = sorted(next((folder for folder in folders if folder.is_dir()), package).glob("*.[ch]"))
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     reason = ""
     for path in built:

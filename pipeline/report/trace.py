@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import FileFormatError, OptionError, OutputError
 from pipeline.instrument import STAGE_COLORS, STAGES, Interval
-from pipeline.timeline import Timeline, lanes_of
+from pipeline.report.timeline import Timeline, lanes_of
 
 _LIBRARIES = {".json": None, ".png": "matplotlib", ".html": "bokeh"}
 _FORMAT = "pipeline trace 1"
@@ -79,11 +79,11 @@ def write_trace(path: str | os.PathLike[str], timeline: Timeline, stats: dict[st
     partial = _new_file_beside(target)
     try:
         if target.suffix.lower() == ".png":
-            from pipeline.draw import draw_png
+            from pipeline.report.picture import draw_png
 
             draw_png(partial, timeline, stats)
         elif target.suffix.lower() == ".html":
-            from pipeline.page import draw_html
+            from pipeline.report.page import draw_html
 
             draw_html(partial, timeline, stats)
         else:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 
-from pipeline.config import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, DType
+from pipeline.dtypes import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, DType
 from pipeline.errors import DeviceError, DTypeError, OptionError
 
 # Shared memory one block may use, bytes (CUDA C++ Programming Guide, table of technical specifications).
@@ -31,7 +31,7 @@ _CAPABILITIES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 9): "sm_89", (9, 0): "sm_
 _CAPABILITIES[12, 0] = "sm_120a"
 _CXX_TYPES = {FLOAT32: "float", FLOAT16: "__half", BFLOAT16: "__nv_bfloat16"}
 _ROW_BYTES = 128  # one k-tile's row in shared memory
-# in_features up to which SIMT sums in compensated blocks of 8 (csrc/fused_linear_simt.cu), and the split kernel
+# in_features up to which SIMT sums in compensated blocks of 8 (csrc/gpu/fused_linear_simt.cu), and the split kernel
 # promotes its accumulators every 32 of k, not 64: the vendor's library splits short sums finely.
 _FINE_SUMS_UP_TO = 1024
 
@@ -114,7 +114,7 @@ _SPLIT_MMA_TILES = (
 # GPUs with a split kernel, where three fp16 products are faster than one of fp32. By NVIDIA's data sheets the A100 does
 # 16 in the time of one (312 TFLOP/s against 19.5), the RTX 3090, RTX 4090 and L40S 2 to 4.
 _SPLIT_ARCHITECTURES = ("sm_80", "sm_90a")
-_SPLIT_FROM = 128  # in_features; sums of fewer products are exact fp32 (csrc/split_rows.cu says why)
+_SPLIT_FROM = 128  # in_features; sums of fewer products are exact fp32 (csrc/gpu/split_rows.cu says why)
 _BAND_ROWS = 2048  # rows of x that pass through L2 together: as many as columns of y in a wave of 132 tiles
 _STORE_CYCLES = 0.16  # for each output of a tile, from the end of its products; measured, H200
 
@@ -123,7 +123,7 @@ _STORE_CYCLES = 0.16  # for each output of a tile, from the end of its products;
 class Variant:
     """One instantiation of a kernel, and what launching it takes."""
 
-    kernel: str  # csrc/<kernel>.cu; also the entry's name
+    kernel: str  # csrc/gpu/<kernel>.cu; also the entry's name
     template: str  # the C++ type whose run() is the kernel
     description: str  # for reports, for example "fused_linear_sm80<bfloat16, 128x256x64, 4 stages>"
     block_m: int

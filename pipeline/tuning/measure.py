@@ -17,13 +17,15 @@ from types import TracebackType
 import numpy as np
 
 from pipeline.arrays import HostArray
-from pipeline.config import DEFAULT_STREAMS, FLOAT32, DType, Staging, cores
-from pipeline.devices.base import Device, DeviceRows, Operation, Workers
+from pipeline.config import DEFAULT_STREAMS, Staging, cores
+from pipeline.devices.base import Device
+from pipeline.dtypes import FLOAT32, DType
 from pipeline.executor import Executor
+from pipeline.flow import Chunk, DeviceRows, Feed, Operation, Sink, Workers
 from pipeline.instrument import Recorder
-from pipeline.io.jobs import CopyJob
-from pipeline.io.native import open_workers
-from pipeline.io.rows import ArrayRows, ArrayTarget, Chunk, Feed, Sink
+from pipeline.io.memory import ArrayRows, ArrayTarget
+from pipeline.staging.jobs import CopyJob
+from pipeline.staging.native import open_workers
 
 _FEATURES = 8192
 _ROW_BYTES = _FEATURES * FLOAT32.itemsize

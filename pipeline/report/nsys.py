@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline.errors import DeviceError, FileFormatError, OptionError
 from pipeline.instrument import RUN, STAGES, Interval
-from pipeline.timeline import Timeline
+from pipeline.report.timeline import Timeline
 
 _GPU_TABLES = {"CUPTI_ACTIVITY_KIND_KERNEL", "CUPTI_ACTIVITY_KIND_MEMCPY", "CUPTI_ACTIVITY_KIND_RUNTIME"}
 _COPY_STAGES = {1: "H2D", 2: "D2H"}  # CUPTI's copyKind

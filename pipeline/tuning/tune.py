@@ -26,8 +26,8 @@ from pipeline.config import GIB, MIB, Staging, cache_dir, cores, tuning
 from pipeline.devices.base import Device
 from pipeline.errors import DeviceMemoryError
 from pipeline.instrument import Ceilings, bus_rates
-from pipeline.io.native import workers_kind
-from pipeline.measure import RING_BYTES, Copies
+from pipeline.staging.native import workers_kind
+from pipeline.tuning.measure import RING_BYTES, Copies
 
 PAYS_BYTES = 8 * GIB  # a run that moves as much, in and out together, may start with a measurement
 _BUDGET_S, _TRIAL_S = 1.5, 0.03

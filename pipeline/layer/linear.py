@@ -12,9 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.arrays import HostArray, empty_like, host_tensor, host_view, is_cuda, is_torch, shape_of, widen_bfloat16
-from pipeline.config import DType, parse_dtype, parse_precision
+from pipeline.dtypes import DType, parse_dtype, parse_precision
 from pipeline.errors import DTypeError, FileFormatError, InputError, OptionError, ShapeError
-from pipeline.forward import (
+from pipeline.layer.forward import (
     HostWeights,
     SplitLaunch,
     check_gpu_out,

@@ -10,11 +10,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.config import DEFAULT_STREAMS, GIB, DType, auto_chunk_rows, rows_a_chunk, wire_dtypes
+from pipeline.config import DEFAULT_STREAMS, GIB, auto_chunk_rows, rows_a_chunk
+from pipeline.dtypes import DType, wire_dtypes
 from pipeline.errors import OptionError
 from pipeline.instrument import bus_rates
-from pipeline.machine import Machine, is_rate, of_gpus
-from pipeline.simulate import Lanes, Wire, ring_bytes, simulate
+from pipeline.plan.machine import Machine, is_rate, of_gpus
+from pipeline.plan.simulate import Lanes, Wire, ring_bytes, simulate
 
 SOURCES = ("pinned", "array", "file")
 OUTPUTS = (*SOURCES, "fresh")

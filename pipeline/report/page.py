@@ -8,10 +8,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pipeline.draw import CHUNKS, COLORS, NOTHING, drawn_lanes, excerpt, headline, uses_of, verdict, within
 from pipeline.instrument import STAGES
-from pipeline.report import rate_text
-from pipeline.timeline import DeviceUse, Timeline, causes_text
+from pipeline.report.picture import CHUNKS, COLORS, NOTHING, drawn_lanes, excerpt, headline, uses_of, verdict, within
+from pipeline.report.stats import rate_text
+from pipeline.report.timeline import DeviceUse, Timeline, causes_text
 
 _MEANINGS = {
     "fill": "copies from the source into pinned memory",

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline import row_threads
 from pipeline.arrays import HostArray, byte_range, is_cuda, is_torch, overlaps, to_float64
-from pipeline.config import FLOAT64, DType, parse_dtype
+from pipeline.dtypes import FLOAT64, DType, parse_dtype
 from pipeline.errors import DTypeError, OptionError, ShapeError
+from pipeline.layer import host_threads as row_threads
 
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.kernels.choose import Problem
     from pipeline.kernels.launch import Launcher, PreparedLaunch
-    from pipeline.kernels.select import Problem
 
 # Rows are computed on the CPU at their place on this grid, with zero rows filling up both ends, so that a row's bits
 # don't depend on the rows beside it. BLAS libraries change them with the row count: MKL's float32 product in tiles
@@ -343,8 +343,8 @@ def prepare_on_gpu(
     All tensors on one GPU, `x` and `weight` as `rows_for_kernel` leaves them, `out` with any row stride, `bias`
     contiguous. `split` is what `split_on_gpu` gave for the weight.
     """
+    from pipeline.kernels.choose import Problem
     from pipeline.kernels.launch import Launcher
-    from pipeline.kernels.select import Problem
 
     problem = Problem(parse_dtype(x.dtype), parse_dtype(out.dtype), precision, weight.shape[1], weight.shape[0])
     launcher = Launcher.for_device(x.device.index)
@@ -405,8 +405,8 @@ def split_on_gpu(weight: torch.Tensor, precision: str, out_dtype: DType) -> torc
     """
     import torch
 
+    from pipeline.kernels.choose import Problem
     from pipeline.kernels.launch import Launcher
-    from pipeline.kernels.select import Problem
     from pipeline.kernels.split import PreparedSplit, SplitRows, is_split
 
     rows, columns = weight.shape

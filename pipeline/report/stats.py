@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pipeline.instrument import STAGES, Ceilings, Recorder
-from pipeline.timeline import DeviceUse, causes_text
+from pipeline.report.timeline import DeviceUse, causes_text
 
 _AT_CEILING = 0.9  # of the measured ceiling: the hardware is used up
 _MOSTLY_BUSY = 0.75

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from pipeline.arrays import HostArray
-from pipeline.config import DType, Staging
-from pipeline.devices.base import DeviceRows, Operation
+from pipeline.config import Staging
 from pipeline.devices.sim import Engine, Hardware, SimDevice
+from pipeline.dtypes import DType
 from pipeline.executor import Executor
+from pipeline.flow import Chunk, DeviceRows, Operation, Sink
 from pipeline.instrument import Recorder
-from pipeline.io.jobs import Job
-from pipeline.io.rows import Chunk, RangeFeed, Sink
-from pipeline.report import stage_stats
+from pipeline.io.memory import RangeFeed
+from pipeline.report.stats import stage_stats
+from pipeline.staging.jobs import Job
 
 _CHUNKS, _PIECES = 240, 8_000  # simulated at most, but for as many chunks as it takes to fill and empty the lanes
 _STREAMS = 60  # simulated at most: a chunk that waits behind so many others changes nothing

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.arrays import HostArray, narrow_bfloat16, widen_bfloat16
-from pipeline.config import BFLOAT16, DType
+from pipeline.dtypes import BFLOAT16, DType
 from pipeline.errors import FileFormatError, OutputError
 
 Job = Callable[[], None]

@@ -1,0 +1,50 @@
+"""Devices by their names: which there are, and how one is opened."""
+
+from __future__ import annotations
+
+from pipeline.devices.base import Device
+from pipeline.errors import DeviceNotFoundError, OptionError
+
+
+def find_devices(wanted: str | list[str] | tuple[str, ...] | None) -> list[str]:
+    """The names of the devices to use: every visible GPU where `wanted` is None, or the CPU where there is none.
+
+    Raises:
+        OptionError: not a device name, none at all, or one named twice.
+        DeviceNotFoundError: a GPU that isn't there.
+    """
+    from pipeline.devices.cuda import count_gpus
+
+    if wanted is None:
+        return [f"cuda:{i}" for i in range(count_gpus())] or ["cpu"]
+    if not isinstance(wanted, (str, list, tuple)):
+        raise OptionError(f"devices is {wanted!r}, expected None, a device name or a list of device names")
+    names = ["cuda:0" if name == "cuda" else str(name) for name in ([wanted] if isinstance(wanted, str) else wanted)]
+    if not names or len(set(names)) != len(names):
+        raise OptionError(f"devices is {wanted!r}, expected one or several different device names")
+    for name in names:
+        kind, _, ordinal = name.partition(":")
+        if name in ("cpu", "sim"):
+            continue
+        if kind != "cuda" or not ordinal.isdecimal():
+            raise OptionError(f"device {name!r} isn't known, expected 'cpu', 'cuda', 'cuda:<number>' or 'sim'")
+        count = count_gpus()
+        if int(ordinal) >= count:
+            there = f"there are {count}: cuda:0 to cuda:{count - 1}" if count else "no NVIDIA GPU is visible here"
+            raise DeviceNotFoundError(f"device {name!r} isn't there; {there}. Use devices='cpu' to run without a GPU")
+    return names
+
+
+def open_device(name: str) -> Device:
+    """The device of that name, opened."""
+    if name == "cpu":
+        from pipeline.devices.cpu import CpuDevice
+
+        return CpuDevice()
+    if name == "sim":
+        from pipeline.devices.sim import SimDevice
+
+        return SimDevice()
+    from pipeline.devices.cuda import CudaDevice
+
+    return CudaDevice(int(name.partition(":")[2]))

@@ -1,0 +1,1 @@
+"""What a job would reach on given hardware."""

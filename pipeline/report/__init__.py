@@ -1,0 +1,1 @@
+"""What a run did: its record as figures, timelines, traces and pictures."""

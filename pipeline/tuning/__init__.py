@@ -1,0 +1,1 @@
+"""What this machine's copies reach, and what is chosen from that."""
