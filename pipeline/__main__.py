@@ -1,6 +1,6 @@
 """`python -m pipeline` is the command `pipeline`."""
 
-from pipeline.cli.main import main
+from pipeline.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

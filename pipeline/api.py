@@ -21,20 +21,19 @@ from pipeline.arrays import HostArray
 from pipeline.config import DEFAULT_STREAMS, GIB, auto_chunk_rows, rows_a_chunk
 from pipeline.devices.base import Device
 from pipeline.devices.names import find_devices, open_device
-from pipeline.dtypes import FLOAT64, DType, parse_out_dtype, parse_precision, wire_dtypes
+from pipeline.dtypes import FLOAT64, Cast, DType, parse_out_dtype, parse_precision, wire_dtypes
 from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, PipelineError, TraceWarning, uninterrupted
 from pipeline.executor import Executor
-from pipeline.flow import Chunk, Gather, Sink, Source, Workers
+from pipeline.flow import Chunk, Fill, Gather, Sink, Source, Workers
 from pipeline.instrument import KEPT, KEPT_FOR_TRACE, RUN, Ceilings, Ranges, Recorder
-from pipeline.io.batches import BatchSink, BatchSource
-from pipeline.io.files import FileSource, memmap_of
-from pipeline.io.sinks import CudaSink, open_sink, wrapper
-from pipeline.io.sources import ArraySource, CudaSource, open_source
+from pipeline.io.batches import BatchSink
+from pipeline.io.memory import ArrayRows
+from pipeline.io.sinks import open_sink, wrapper
+from pipeline.io.sources import open_source
 from pipeline.layer.linear import FusedLinear
 from pipeline.report.stats import Ends, Stats, advice, bound, ceiling_rows_per_s, comparable, mean_share, stage_stats
 from pipeline.report.timeline import Timeline, device_use, from_recorders
 from pipeline.report.trace import check_trace, write_trace
-from pipeline.staging.jobs import Cast, CopyJob
 from pipeline.staging.native import open_workers
 from pipeline.tuning.tune import Tuning
 
@@ -290,7 +289,7 @@ class Pipeline:
         with self._exclusive():
             sink = BatchSink(self.layer.out_features, self.out_dtype, self.wire_out, 2 * self.num_streams)
             source = open_source(batches, self.layer, sink.new_batch)
-            if not isinstance(source, BatchSource):
+            if source.where != "batches":
                 source.close()
                 raise OptionError(f"stream() takes an iterable of batches, got one {source.kind}; use run() for it")
             wrap = wrapper(source, self.out_dtype)
@@ -339,10 +338,10 @@ class Pipeline:
 
     def _lanes_for(self, source: Source, sink: Sink) -> list[_Lane]:
         """The devices that take part: with a CUDA tensor at either end, the one that it is on."""
-        ends = {"source": source.tensor} if isinstance(source, CudaSource) else {}
+        ends = {} if source.tensor is None else {"source": source.tensor}
         if ends and self.wire_in is not self.layer.dtype:
             raise OptionError("wire_dtype is for rows that cross the bus, the source is a CUDA tensor; leave it out")
-        if isinstance(sink, CudaSink):
+        if sink.tensor is not None:
             ends["out"] = sink.tensor
         lanes = self._lanes
         for what, tensor in ends.items():
@@ -415,14 +414,11 @@ class Pipeline:
 
     def _tune(self, source: Source, sink: Sink) -> None:
         """Measure this machine's copies, once and where the run is large enough, and stage rows as suits them."""
-        row_bytes = 0 if isinstance(source, CudaSource) else self._wire_row_bytes[0]
-        row_bytes += 0 if isinstance(sink, CudaSink) else self._wire_row_bytes[1]
+        row_bytes = 0 if source.where == "device" else self._wire_row_bytes[0]
+        row_bytes += 0 if sink.where == "device" else self._wire_row_bytes[1]
         if not self._tuning.pays((source.rows or 0) * row_bytes):
             return
-        memory = source.array if isinstance(source, ArraySource) else None
-        if memory is not None and (not memory.flags.c_contiguous or memmap_of(memory) is not None):
-            memory = None
-        self._tuning.measure(memory)
+        self._tuning.measure(source.memory)
         before, self.staging = self.staging, self._tuning.staging
         old = self._workers
         if old is not None and self.staging.workers != before.workers:
@@ -658,16 +654,14 @@ def _layer_on_the_wire(layer: FusedLinear, wire: DType, workers: Workers) -> Fus
 
     def narrow(array: HostArray) -> HostArray:
         rounded = np.empty(array.shape, wire.carrier)
-        workers.run(CopyJob(rounded, array, Cast(layer.dtype, wire)))
+        workers.run(Fill(ArrayRows(array, Cast(layer.dtype, wire)), 0, rounded))
         return rounded
 
     return layer.rounded_to(wire, narrow)
 
 
 def _ends(source: Source, sink: Sink) -> Ends:
-    if isinstance(source, BatchSource):
-        return Ends("batches", sink.where)
-    return Ends("file" if isinstance(source, FileSource) else "memory", sink.where)
+    return Ends(source.where, sink.where)
 
 
 def _auto_chunk_rows(layer: FusedLinear, wire_in: DType, wire_out: DType, devices: list[str]) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dtypes import CONVERT, DTYPES, DType, parse_dtype
+from pipeline.dtypes import BFLOAT16, CONVERT, DTYPES, Cast, DType, parse_dtype
 from pipeline.errors import DTypeError, InputError, ShapeError
 
 if TYPE_CHECKING:
@@ -118,6 +118,16 @@ def narrow_bfloat16(array: HostArray) -> HostArray:
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
     quiet = (bits >> 16) | 0x40
     return np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, rounded).astype(np.uint16)
+
+
+def convert(target: HostArray, source: HostArray, cast: Cast | None) -> None:
+    """target[...] = source, both in the carrier types of the cast."""
+    if cast is not None and cast.target is BFLOAT16:
+        source = narrow_bfloat16(source)
+    elif cast is not None and cast.source is BFLOAT16:
+        source = widen_bfloat16(source)
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond fp16's range lies infinity
+        np.copyto(target, source, casting="same_kind")
 
 
 def empty_like(x: Any, shape: tuple[int, int]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,6 +38,18 @@ FLOAT16 = DType("float16", np.dtype("=f2"))
 BFLOAT16 = DType("bfloat16", np.dtype("=u2"))
 DTYPES = {dtype.name: dtype for dtype in (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)}
 _SHORT_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+class Cast(NamedTuple):
+    """A change of element type, rounded to nearest even; NaN stays NaN."""
+
+    source: DType
+    target: DType
+
+
+def cast_between(source: DType, target: DType) -> Cast | None:
+    """The cast from one type to the other, None where they are the same."""
+    return None if source is target else Cast(source, target)
 
 
 CONVERT = "convert it first, for example with .astype('float32') in NumPy or .to(torch.float32) in torch"

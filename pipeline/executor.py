@@ -28,9 +28,8 @@ from pipeline.config import Staging
 from pipeline.devices.base import Device
 from pipeline.dtypes import DType
 from pipeline.errors import DeviceError, uninterrupted
-from pipeline.flow import Chunk, DeviceRows, Feed, Operation, Sink, SourceRows, TargetRows, Workers
+from pipeline.flow import Chunk, DeviceRows, Drain, Feed, Fill, Job, Operation, Sink, SourceRows, TargetRows, Workers
 from pipeline.instrument import Ranges, Recorder
-from pipeline.staging.jobs import Job
 from pipeline.staging.native import NativeWorkers
 from pipeline.staging.native_mover import StagingLanes, Transfer, show_in_profiles
 from pipeline.staging.ring import Ring
@@ -272,7 +271,7 @@ class Executor:
                 first = flight.fill_started
                 rows = min(ring.piece_rows, flight.chunk.rows - first)
                 piece = ring.take()
-                self._submit("fill", flight, source.fill(first, ring.rows(piece, rows)), first, rows, piece)
+                self._submit("fill", flight, Fill(source, first, ring.rows(piece, rows)), first, rows, piece)
                 flight.fill_started += rows
                 moved = True
             if not ring.available:
@@ -424,7 +423,7 @@ class Executor:
                 self._give_back(self.ring_out, step)
             else:
                 assert not isinstance(target, DeviceRows)
-                job = target.drain(step.first, self.ring_out.rows(step.piece, step.rows))
+                job = Drain(target, step.first, self.ring_out.rows(step.piece, step.rows))
                 self._submit("drain", flight, job, step.first, step.rows, step.piece)
         return moved
 

@@ -1,14 +1,15 @@
-"""The words that sources, sinks and the executor share: rows on the host, chunks, feeds.
+"""The words that cross walls: rows at a run's ends, chunks of them, feeds, sources, sinks, and what copy workers do.
 
 A `Source` knows its element type and width before any row is read. Its feed hands out chunks to one or several
 executors; a chunk's rows are then read from any thread. A `Sink` takes each row once, in any order, from any thread.
 
-Rows cross the bus in the wire's element type, which may be narrower than the source's or the result's: the jobs that
-fill and drain pieces cast.
+Rows cross the bus in the wire's element type, which may be narrower than the source's or the result's: rows are cast
+while they are copied to a piece of pinned memory (a fill) or from it (a drain).
 """
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,111 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.arrays import HostArray
-from pipeline.dtypes import DType
-from pipeline.staging.jobs import Job
+from pipeline.dtypes import Cast, DType
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """Rows in a device's memory already: first address and row stride in elements. `owner` keeps them alive."""
+
+    ordinal: int
+    address: int
+    stride: int
+    rows: int
+    owner: Any
+
+    def part(self, first: int, rows: int, itemsize: int) -> DeviceRows:
+        return DeviceRows(self.ordinal, self.address + first * self.stride * itemsize, self.stride, rows, self.owner)
+
+
+@dataclass(frozen=True, slots=True)
+class PlainRows:
+    """Rows that code in C can move: each is contiguous and of native byte order, and `stride_bytes` lie from one to the
+    next.
+
+    They begin at `address` in memory, or at that position of the file `fd`, where each row follows the one before.
+    `cast` is made on the way to a piece or from it. Memory that is `fresh` has never been written.
+    """
+
+    address: int
+    stride_bytes: int
+    fd: int | None = None
+    cast: Cast | None = None
+    fresh: bool = False
+
+
+class HostRows:
+    """Some consecutive rows at one end of a run, outside the pinned ring. What a chunk's rows are at both ends."""
+
+    array: HostArray | None = None
+    """The rows as they lie in memory, where they are contiguous, of native byte order and of the wire's type: what copy
+    engines may use in place."""
+
+    @property
+    def plain(self) -> PlainRows | None:
+        """How code in C moves these rows; None where only `read` and `write` can."""
+        return None
+
+    def failure(self, code: int, position: int, end: int) -> Exception:
+        """The exception of a copy in C that failed with an errno, or with -1 for a file that ended, at a `position` in
+        the file. The copy was of rows before row `end` of these."""
+        return OSError(code, os.strerror(code))
+
+
+class SourceRows(HostRows, ABC):
+    """Consecutive rows of a source."""
+
+    @abstractmethod
+    def read(self, first: int, piece: HostArray) -> None:
+        """Copy rows [first, first + len(piece)) to `piece`, contiguous rows of the wire's type (bfloat16 as uint16).
+        Called from any thread, for several pieces at once."""
+
+
+class TargetRows(HostRows, ABC):
+    """Where consecutive rows of a result go."""
+
+    @abstractmethod
+    def write(self, first: int, piece: HostArray) -> None:
+        """Store `piece`, contiguous rows of the wire's type (bfloat16 as uint16), at rows [first, first + len(piece)).
+        Called from any thread, for several pieces at once."""
+
+
+# -- what copy workers do ----------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Fill:
+    """The job of reading rows [first, first + len(piece)) of `rows` into `piece`. Calling it does it."""
+
+    rows: SourceRows
+    first: int
+    piece: HostArray
+
+    def __call__(self) -> None:
+        self.rows.read(self.first, self.piece)
+
+    def failure(self, code: int, position: int) -> Exception:
+        return self.rows.failure(code, position, self.first + len(self.piece))
+
+
+@dataclass(slots=True)
+class Drain:
+    """The job of writing `piece` to rows [first, first + len(piece)) of `rows`. Calling it does it."""
+
+    rows: TargetRows
+    first: int
+    piece: HostArray
+
+    def __call__(self) -> None:
+        self.rows.write(self.first, self.piece)
+
+    def failure(self, code: int, position: int) -> Exception:
+        return self.rows.failure(code, position, self.first + len(self.piece))
+
+
+Job = Fill | Drain
 
 
 class Operation(Protocol):
@@ -37,11 +141,11 @@ class Workers(Protocol):
     def description(self) -> str:
         """How many there are and what they are made of, for reports."""
 
-    def submit(self, work: Callable[[], None]) -> Operation:
-        """Queue `work`; jobs may run at the same time and finish in any order."""
+    def submit(self, job: Job) -> Operation:
+        """Queue `job`; jobs may run at the same time and finish in any order."""
 
-    def run(self, work: Callable[[], None]) -> None:
-        """Do `work` now and wait for it. Raises what it raises."""
+    def run(self, job: Job) -> None:
+        """Do `job` now and wait for it. Raises what it raises."""
 
     def wait_all(self) -> None:
         """Wait until every job that was submitted is done; what they raise is left to their operations."""
@@ -50,38 +154,7 @@ class Workers(Protocol):
         """Wait for the jobs and end the threads."""
 
 
-@dataclass(frozen=True)
-class DeviceRows:
-    """Rows in a device's memory already: first address and row stride in elements. `owner` keeps them alive."""
-
-    ordinal: int
-    address: int
-    stride: int
-    rows: int
-    owner: Any
-
-    def part(self, first: int, rows: int, itemsize: int) -> DeviceRows:
-        return DeviceRows(self.ordinal, self.address + first * self.stride * itemsize, self.stride, rows, self.owner)
-
-
-class SourceRows(Protocol):
-    """Some consecutive rows on the host."""
-
-    array: HostArray | None
-    """The rows as they lie in memory, where they are contiguous, native-endian and of the wire's type."""
-
-    def fill(self, first: int, piece: HostArray) -> Job:
-        """The job that copies rows [first, first + len(piece)) to `piece`, which is of the wire's type."""
-
-
-class TargetRows(Protocol):
-    """Where a chunk's rows go on the host."""
-
-    array: HostArray | None
-    """The memory itself, where it is contiguous, native-endian and of the wire's type."""
-
-    def drain(self, first: int, piece: HostArray) -> Job:
-        """The job that stores `piece` at rows [first, first + len(piece)) of the chunk."""
+# -- chunks, sources, sinks --------------------------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -129,7 +202,7 @@ class Gather:
 
     buffers: Callable[[int], HostArray]
     depth: int
-    copy: Callable[[Job], None]
+    copy: Callable[[Fill], None]
 
 
 class Source(ABC):
@@ -139,8 +212,11 @@ class Source(ABC):
     features: int
     dtype: DType
     kind: str  # for messages and reports
+    where: str = "memory"  # that rows come from: "memory", "file", "batches" or "device"
     family: str = "numpy"  # what a new result should be: "numpy", "torch" or "cuda"
     path: Path | None = None  # the file it was opened from, if it was given as a path
+    tensor: Any = None  # the CUDA tensor that rows are read from by the kernel itself
+    memory: HostArray | None = None  # contiguous memory that all its rows lie in, if they do
 
     @abstractmethod
     def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
@@ -153,7 +229,8 @@ class Source(ABC):
 class Sink(ABC):
     """Takes the result's rows, chunk by chunk, in any order."""
 
-    where = "memory"  # that rows go to: "memory", "fresh memory" or "file"
+    where: str = "memory"  # that rows go to: "memory", "fresh memory", "file" or "device"
+    tensor: Any = None  # the CUDA tensor that the kernel itself writes rows to
 
     @abstractmethod
     def target(self, chunk: Chunk) -> TargetRows | DeviceRows:

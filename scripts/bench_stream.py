@@ -462,7 +462,8 @@ def case_shapes(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
 def case_file(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """A warm .npy to a pinned result, and to another .npy, against what the disk writes."""
     from pipeline import Pipeline
-    from pipeline.staging.jobs import WriteJob
+    from pipeline.flow import Drain
+    from pipeline.io.files import FileLayout, FileRows
     from pipeline.staging.native import open_workers
 
     torch, rows = bench.torch, bench.rows // 2
@@ -483,7 +484,8 @@ def case_file(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
             array, step = part.y.numpy(), max(1, 2**26 // (part.y.shape[1] * 4))
             for row in range(0, rows, step):
                 piece = array[row : row + step]
-                workers.run(WriteJob(piece, fd, row * part.y.shape[1] * 4, z_path))
+                layout = FileLayout.in_order(fd, z_path, row * part.y.shape[1] * 4, part.y.shape[1], 4, reads=False)
+                workers.run(Drain(FileRows(layout, 0, None), 0, piece))
             os.fsync(fd)
             os.close(fd)
 

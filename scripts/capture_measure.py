@@ -105,7 +105,8 @@ def host_copies(torch: Any, seconds: float = 1.0) -> float:
     import numpy as np
 
     from pipeline.config import Staging
-    from pipeline.staging.jobs import CopyJob
+    from pipeline.flow import Drain, Fill
+    from pipeline.io.memory import ArrayRows
     from pipeline.staging.native import open_workers
 
     staging = Staging.chosen()
@@ -127,8 +128,8 @@ def host_copies(torch: Any, seconds: float = 1.0) -> float:
                     bus[1].copy_(gpu[1], non_blocking=True)
         while len(jobs) < 2 * pieces:
             piece, array = ring[number % 2, number // 2 % pieces], host[number % 2, number // 2 % 256]
-            target, source = (piece, array) if number % 2 else (array, piece)
-            jobs.append(workers.submit(CopyJob(target[None], source[None], streaming=number % 2 == 0)))
+            job = (Fill if number % 2 else Drain)(ArrayRows(array[None]), 0, piece[None])
+            jobs.append(workers.submit(job))
             number += 1
         left = [job for job in jobs if not job.done()]
         moved += (len(jobs) - len(left)) * size

@@ -39,18 +39,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 import pipeline.executor as executor_module
 from pipeline import FusedLinear, Pipeline
-from pipeline.arrays import HostArray, host_tensor
+from pipeline.arrays import HostArray, convert, host_tensor
 from pipeline.devices.base import Device
 from pipeline.devices.sim import Hardware, SimDevice
-from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, Cast, DType, cast_between
 from pipeline.errors import DeviceError, DriverError
 from pipeline.executor import Executor
-from pipeline.flow import Chunk, DeviceRows, Feed, Gather, Operation, Sink
+from pipeline.flow import Chunk, DeviceRows, Feed, Gather, Operation, Sink, SourceRows, TargetRows
 from pipeline.instrument import STAGES, Recorder
-from pipeline.io.memory import ArrayRows, ArrayTarget, RangeFeed
+from pipeline.io.memory import ArrayRows, RangeFeed
 from pipeline.io.sinks import ArraySink
 from pipeline.io.sources import ArraySource
-from pipeline.staging.jobs import Cast, Job, cast_between, convert
 
 SCHEDULES, BATCHES = 2_000, 8
 FAULT_SEEDS = 25
@@ -486,9 +485,9 @@ def target_rows_shifted(monkeypatch: pytest.MonkeyPatch, schedule: Schedule) -> 
     sink = schedule.sink
     limit = len(schedule.out)
 
-    def wrong(chunk: Chunk) -> ArrayTarget:
+    def wrong(chunk: Chunk) -> ArrayRows:
         row = min(chunk.row + 1, limit - chunk.rows)
-        return ArrayTarget(schedule.out[row : row + chunk.rows])
+        return ArrayRows(schedule.out[row : row + chunk.rows])
 
     monkeypatch.setattr(sink, "target", wrong)
 
@@ -566,7 +565,7 @@ def chunks_swapped(monkeypatch: pytest.MonkeyPatch, schedule: Schedule) -> None:
 def targets_swapped(monkeypatch: pytest.MonkeyPatch, schedule: Schedule) -> None:
     target, n = schedule.sink.target, schedule.case.chunk_rows
 
-    def wrong(chunk: Chunk) -> ArrayTarget:
+    def wrong(chunk: Chunk) -> ArrayRows:
         if chunk.index in (1, 2):
             chunk = Chunk(chunk.index, n * (3 - chunk.index), chunk.rows, chunk.source)
         return target(chunk)
@@ -655,27 +654,19 @@ def test_executor_planted_fault_is_caught(
 NO_GATHER = Gather(lambda n: np.empty(n, np.uint8), 0, lambda job: job())
 
 
-class Memory:
+class Memory(SourceRows, TargetRows):
     """A host array that counts what is read of it and can fail: it stands for a file or the network."""
-
-    array = None
 
     def __init__(self, rows: HostArray, trouble: Callable[[int], None] = lambda row: None, first: int = 0) -> None:
         self._rows, self._trouble, self._first = rows, trouble, first
 
-    def fill(self, first: int, piece: HostArray) -> Job:
-        def read() -> None:
-            self._trouble(self._first + first)
-            piece[...] = self._rows[first : first + len(piece)]
+    def read(self, first: int, piece: HostArray) -> None:
+        self._trouble(self._first + first)
+        piece[...] = self._rows[first : first + len(piece)]
 
-        return read
-
-    def drain(self, first: int, piece: HostArray) -> Job:
-        def write() -> None:
-            self._trouble(self._first + first)
-            self._rows[first : first + len(piece)] = piece
-
-        return write
+    def write(self, first: int, piece: HostArray) -> None:
+        self._trouble(self._first + first)
+        self._rows[first : first + len(piece)] = piece
 
 
 class TroubledFeed(Feed):

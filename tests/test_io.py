@@ -951,7 +951,7 @@ def test_reader_that_copies_when_a_run_stops_is_waited_for(monkeypatch: pytest.M
     run, copying = NativeWorkers.run, threading.Event()
 
     def slow(workers: NativeWorkers, work: Any) -> None:
-        if work.target.shape[0] == 16 and not copying.is_set():
+        if work.piece.shape[0] == 16 and not copying.is_set():
             copying.set()
             time.sleep(0.5)
         run(workers, work)

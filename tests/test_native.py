@@ -22,9 +22,11 @@ from device_tests import assert_same_bits, batches_of, poisoned, random_layer, r
 
 from pipeline import FileFormatError, FusedLinear, OptionError, OutputError, Pipeline, PipelineError, run_pipelined
 from pipeline.arrays import HostArray, host_tensor
-from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, Cast, DType
+from pipeline.flow import Drain, Fill
+from pipeline.io.files import FileLayout, FileRows
+from pipeline.io.memory import ArrayRows
 from pipeline.staging import native
-from pipeline.staging.jobs import Cast, CopyJob, ReadJob, WriteJob
 from pipeline.staging.native import INSTRUCTIONS, NativeWorkers, open_workers
 from pipeline.staging.threads import ThreadWorkers
 
@@ -40,6 +42,27 @@ def workers(request: pytest.FixtureRequest) -> Iterator[Any]:
     assert kind in ("best", "NumPy") or kind in made.description or "portable" in made.description
     yield made
     made.close()
+
+
+def fill(piece: HostArray, source: HostArray, cast: Cast | None = None) -> Fill:
+    return Fill(ArrayRows(source, cast), 0, piece)
+
+
+def drain(target: HostArray, piece: HostArray, cast: Cast | None = None, *, fresh: bool = False) -> Drain:
+    return Drain(ArrayRows(target, cast, fresh=fresh), 0, piece)
+
+
+def file_rows(fd: int, position: int, path: Path, piece: HostArray, cast: Cast | None, *, reads: bool) -> FileRows:
+    itemsize = piece.itemsize if cast is None else (cast.source if reads else cast.target).itemsize
+    return FileRows(FileLayout.in_order(fd, path, position, piece.shape[1], itemsize, reads=reads), 0, cast)
+
+
+def read_job(piece: HostArray, fd: int, position: int, path: Path, cast: Cast | None = None) -> Fill:
+    return Fill(file_rows(fd, position, path, piece, cast, reads=True), 0, piece)
+
+
+def write_job(piece: HostArray, fd: int, position: int, path: Path, cast: Cast | None = None) -> Drain:
+    return Drain(file_rows(fd, position, path, piece, cast, reads=False), 0, piece)
 
 
 def finish(operation: Any) -> None:
@@ -88,7 +111,7 @@ def assert_same_numbers(got: HostArray, expected: HostArray, dtype: DType) -> No
 def test_cast_of_every_kind_of_number_is_torchs(cast: Cast, workers: Any) -> None:
     source = edge_values(cast.source)
     target = np.full(source.shape, 7, cast.target.carrier)
-    finish(workers.submit(CopyJob(target[None], source[None], cast)))
+    finish(workers.submit(fill(target[None], source[None], cast)))
     assert_same_numbers(target, by_torch(source, cast), cast.target)
 
 
@@ -109,7 +132,14 @@ def test_copy_of_rows_of_any_strides_touches_nothing_else(cast: Cast | None, str
         source, target = wide[1:-1, shift : shift + features], memory[1:-1:2, 1 + shift : 1 + shift + features]
         if rows % 2:
             source = source[::-1]
-        jobs.append((workers.submit(CopyJob(target, source, cast, streaming)), target, source, memory))
+        jobs.append(
+            (
+                workers.submit(drain(target, source, cast) if streaming else fill(target, source, cast)),
+                target,
+                source,
+                memory,
+            )
+        )
     for job, target, source, memory in jobs:
         finish(job)
         start, end = job.times()
@@ -127,10 +157,10 @@ def test_what_the_native_pool_cannot_do_numpy_does() -> None:
     try:
         for source in sources:
             target = poisoned(x.shape)
-            workers.run(CopyJob(target, source))
+            workers.run(fill(target, source))
             assert_same_bits(target, x)
             target = poisoned(x.shape)
-            finish(workers.submit(CopyJob(target, source)))
+            finish(workers.submit(fill(target, source)))
             assert_same_bits(target, x)
         assert "3 copies by NumPy" in workers.description
     finally:
@@ -144,7 +174,7 @@ def test_many_jobs_from_many_threads_each_end_once() -> None:
 
     def submit(target: HostArray) -> None:
         jobs = [
-            workers.submit(CopyJob(target[i : i + 4], source[i : i + 4], None, i % 8 == 0)) for i in range(0, 400, 4)
+            workers.submit((drain if i % 8 else fill)(target[i : i + 4], source[i : i + 4])) for i in range(0, 400, 4)
         ]
         for job in jobs:
             finish(job)
@@ -160,22 +190,22 @@ def test_many_jobs_from_many_threads_each_end_once() -> None:
     workers.close()
 
 
-@pytest.mark.parametrize("drain", ["to memory", "to fresh memory", "to a file"])
-def test_drain_does_not_wait_for_the_fills_queued_before_it(drain: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("drained", ["to memory", "to fresh memory", "to a file"])
+def test_drain_does_not_wait_for_the_fills_queued_before_it(drained: str, tmp_path: Path) -> None:
     """One worker takes a grain of each in turn; with one queue for both the fills would be over first."""
     source, piece = random_rows(4000, 4000), poisoned((4000, 4000))
     rows, result = random_rows(50, 4000, seed=1), poisoned((50, 4000))
     with contextlib.closing(NativeWorkers(1)) as workers, open(tmp_path / "result", "wb") as file:
-        if drain == "to a file":
-            work: Any = WriteJob(rows, file.fileno(), 0, tmp_path / "result")
+        if drained == "to a file":
+            work: Any = write_job(rows, file.fileno(), 0, tmp_path / "result")
         else:
-            work = CopyJob(result, rows, None, streaming=True, fresh=drain == "to fresh memory")
-        fills = [workers.submit(CopyJob(piece, source)) for _ in range(20)]
+            work = drain(result, rows, fresh=drained == "to fresh memory")
+        fills = [workers.submit(fill(piece, source)) for _ in range(20)]
         job = workers.submit(work)
         for each in (job, *fills):
             finish(each)
         assert job.times()[1] < fills[-1].times()[1]
-    if drain == "to a file":
+    if drained == "to a file":
         result = np.fromfile(tmp_path / "result", np.float32).reshape(result.shape)
     assert_same_bits(piece, source)
     assert_same_bits(result, rows)
@@ -185,7 +215,7 @@ def test_interrupt_between_any_two_steps_of_a_job_does_no_harm(monkeypatch: pyte
     """A job that was seen to be done once, and forgotten half way, can be looked at again."""
     workers = NativeWorkers(2)
     source, target = random_rows(100, 100), poisoned((100, 100))
-    job = workers.submit(CopyJob(target, source))
+    job = workers.submit(fill(target, source))
     workers.wait_all()
     with monkeypatch.context() as patch:
         patch.setattr(NativeWorkers, "forget", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -200,7 +230,7 @@ def test_closed_workers_take_no_work() -> None:
     """The pool's memory is gone."""
     workers = NativeWorkers(1)
     workers.close()
-    job = CopyJob(poisoned((2, 2)), random_rows(2, 2))
+    job = fill(poisoned((2, 2)), random_rows(2, 2))
     for use in (workers.submit, workers.run):
         with pytest.raises(PipelineError, match="closed"):
             use(job)
@@ -210,7 +240,7 @@ def test_jobs_that_nobody_asks_for_are_forgotten_once_all_are_done() -> None:
     """As of a run that was interrupted: the workers must not keep its arrays."""
     workers = NativeWorkers(2)
     source, target = random_rows(100, 100), poisoned((100, 100))
-    workers.submit(CopyJob(target, source))
+    workers.submit(fill(target, source))
     workers.wait_all()
     assert not workers._jobs
     assert_same_bits(target, source)
@@ -248,7 +278,7 @@ def test_interrupts_at_any_moment_leave_a_pipeline_ready() -> None:
 def test_close_lets_queued_jobs_end() -> None:
     workers = NativeWorkers(1)
     source, target = random_rows(2000, 2000), poisoned((2000, 2000))
-    job = workers.submit(CopyJob(target, source))
+    job = workers.submit(fill(target, source))
     workers.close()
     assert_same_bits(target, source)
     assert job.done()
@@ -269,9 +299,9 @@ def test_file_jobs_cast_on_the_way(cast: Cast | None, workers: Any, tmp_path: Pa
     fd = os.open(path, os.O_RDWR)
     try:
         target = np.full(values.shape, 7, target_dtype.carrier)
-        finish(workers.submit(ReadJob(target, fd, 7, path, cast)))
+        finish(workers.submit(read_job(target, fd, 7, path, cast)))
         assert_same_numbers(target, expected, target_dtype)
-        finish(workers.submit(WriteJob(values, fd, 3, path, cast)))
+        finish(workers.submit(write_job(values, fd, 3, path, cast)))
         written = path.read_bytes()
         assert written[:3] == b"hea" and written[3 : 3 + expected.nbytes] == target.tobytes()
     finally:
@@ -285,15 +315,15 @@ def test_file_jobs_name_what_failed(workers: Any, tmp_path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try:
         with pytest.raises(FileFormatError, match=r"rows ended at byte 5000, 3007 bytes early"):
-            finish(workers.submit(ReadJob(rows, fd, 7, path)))
+            finish(workers.submit(read_job(rows, fd, 7, path)))
         with pytest.raises(OutputError, match=r"rows failed: Bad file descriptor; free space"):
-            finish(workers.submit(WriteJob(rows, fd, 0, path)))
+            finish(workers.submit(write_job(rows, fd, 0, path)))
         with pytest.raises(OutputError):
-            workers.run(WriteJob(rows, fd, 0, path))
+            workers.run(write_job(rows, fd, 0, path))
     finally:
         os.close(fd)
     with pytest.raises(OSError, match="Bad file descriptor") as caught:
-        finish(workers.submit(ReadJob(rows, -1, 0, path)))
+        finish(workers.submit(read_job(rows, -1, 0, path)))
     assert caught.value.errno == errno.EBADF
 
 
@@ -307,7 +337,7 @@ def test_copy_to_fresh_memory_of_several_huge_pages(cast: Cast | None, workers: 
     for first in (0, 1, 524_287, 600_001):
         whole[:] = -1
         part = whole[first : first + source.size].reshape(1, -1)
-        finish(workers.submit(CopyJob(part, source, cast, streaming=True, fresh=True)))
+        finish(workers.submit(drain(part, source, cast, fresh=True)))
         assert np.array_equal(part[0].view(np.uint32), expected.view(np.uint32))
         assert (whole[:first] == -1).all() and (whole[first + source.size :] == -1).all()
 
@@ -353,11 +383,11 @@ def test_rows_with_gaps_are_refused_for_files(tmp_path: Path) -> None:
     path = tmp_path / "rows"
     path.write_bytes(bytes(4 * 5 * 4))
     with open(path, "rb") as file, contextlib.closing(NativeWorkers(1)) as workers:
-        job = ReadJob(np.empty((4, 9), np.float32)[:, :5], file.fileno(), 0, path)
+        job = read_job(np.empty((4, 9), np.float32)[:, :5], file.fileno(), 0, path)
         with pytest.raises(PipelineError, match="refused: Invalid argument"):
             workers.submit(job)
         whole = np.ones((4, 5), np.float32)
-        workers.run(ReadJob(whole, file.fileno(), 0, path))
+        workers.run(read_job(whole, file.fileno(), 0, path))
         assert not whole.any(), "and go on"
 
 

@@ -23,7 +23,7 @@ from pipeline.devices.cpu import CpuDevice
 from pipeline.devices.sim import SimDevice
 from pipeline.dtypes import FLOAT32
 from pipeline.errors import DeviceMemoryError, OptionError
-from pipeline.flow import DeviceRows, Operation, Workers
+from pipeline.flow import DeviceRows, Drain, Job, Operation, Workers
 from pipeline.plan.simulate import Lanes, _PlanDevice, _PlanWorkers
 from pipeline.tuning import tune
 from pipeline.tuning.measure import Copies, _Shape
@@ -164,11 +164,11 @@ class SimulatedBus(_PlanDevice):
 class _TellingWorkers(_PlanWorkers):
     """Simulated workers that see from a job itself what it copies."""
 
-    def submit(self, work: Callable[[], None]) -> Operation:
-        stage = "drain" if work.streaming else "fill"  # type: ignore[attr-defined]
+    def submit(self, work: Job) -> Operation:
+        stage = "drain" if isinstance(work, Drain) else "fill"
 
         def tell() -> None:
-            self.asked = (stage, len(work.source))  # type: ignore[attr-defined]
+            self.asked = (stage, len(work.piece))
 
         return super().submit(tell)
 

@@ -21,7 +21,7 @@ from pipeline.arrays import HostArray, host_tensor
 from pipeline.devices.base import Device, aligned_memory
 from pipeline.dtypes import FLOAT32, DType
 from pipeline.errors import DriverError
-from pipeline.flow import DeviceRows, Operation, Workers
+from pipeline.flow import DeviceRows, Job, Operation, Workers
 from pipeline.layer.linear import FusedLinear
 
 
@@ -224,12 +224,12 @@ class _SimWorkers:
         self._threads = [Engine() for _ in range(device.hardware.copy_threads)]
         self.description = f"copy workers: {len(self._threads)} (simulated)"
 
-    def submit(self, work: Callable[[], None]) -> Operation:
+    def submit(self, job: Job) -> Operation:
         thread = min(self._threads, key=lambda engine: engine.free_at_s)
-        return self._device.schedule(thread, 0.0, 65536 / self._device.hardware.copy_rate, _nothing, work)
+        return self._device.schedule(thread, 0.0, 65536 / self._device.hardware.copy_rate, _nothing, job)
 
-    def run(self, work: Callable[[], None]) -> None:
-        work()
+    def run(self, job: Job) -> None:
+        job()
 
     def wait_all(self) -> None:
         while self._device.busy:

@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray, host_view, is_cuda, is_torch
-from pipeline.dtypes import DType
+from pipeline.dtypes import DType, cast_between
 from pipeline.errors import InputError, PipelineError
-from pipeline.flow import BatchResult, Chunk, Feed, Gather, Sink, Source
-from pipeline.io.memory import ArrayRows, ArrayTarget
+from pipeline.flow import BatchResult, Chunk, Feed, Fill, Gather, Sink, Source
+from pipeline.io.memory import ArrayRows
 from pipeline.layer.forward import check_rows
 from pipeline.layer.linear import FusedLinear
-from pipeline.staging.jobs import CopyJob, cast_between
 
 _PATIENCE_S = 5.0  # with an iterable, once the run stops
 
@@ -31,7 +30,7 @@ class BatchSource(Source):
     by the iterable as soon as the next one is asked for. At most `depth` chunks are read ahead.
     """
 
-    kind, rows = "iterable of batches", None
+    kind, where, rows = "iterable of batches", "batches", None
 
     def __init__(
         self, batches: Iterable[Any], layer: FusedLinear, on_batch: Callable[[int], BatchResult | None] | None
@@ -143,7 +142,7 @@ class _BatchFeed(Feed):
             try:
                 if self._stopping:  # the chunk buffers may belong to the next run soon
                     return None
-                self.gather.copy(CopyJob(place, batch[at : at + rows], self._cast))
+                self.gather.copy(Fill(ArrayRows(batch[at : at + rows], self._cast), 0, place))
             finally:
                 self._copying = False
             filling.rows += rows
@@ -240,11 +239,11 @@ class BatchSink(Sink):
             self._changed.notify_all()
             return batch
 
-    def target(self, chunk: Chunk) -> ArrayTarget:
+    def target(self, chunk: Chunk) -> ArrayRows:
         if chunk.batch is None:
             raise PipelineError("a stream's chunk belongs to no batch")
         rows = chunk.batch.array[chunk.batch_row : chunk.batch_row + chunk.rows]
-        return ArrayTarget(rows, self._cast, fresh=True)
+        return ArrayRows(rows, self._cast, fresh=True)
 
     def stop(self) -> None:
         with self._changed:

@@ -7,22 +7,23 @@ count as the process's memory. Both ways meet in the system's page cache: what o
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.arrays import HostArray, address_of
+from pipeline.arrays import HostArray, address_of, convert
 from pipeline.config import GIB
-from pipeline.dtypes import DType
-from pipeline.errors import OutputError
-from pipeline.flow import Chunk, Feed, Gather, Sink, Source
+from pipeline.dtypes import Cast, DType, cast_between
+from pipeline.errors import FileFormatError, OutputError
+from pipeline.flow import Chunk, Feed, Gather, PlainRows, Sink, Source, SourceRows, TargetRows
 from pipeline.io.memory import RangeFeed
-from pipeline.staging.jobs import Cast, Job, ReadJob, WriteJob, cast_between
 
 
 @dataclass(frozen=True)
@@ -34,25 +35,41 @@ class FileLayout:
     path: Path
     position: int
     strides: tuple[int, int]
+    itemsize: int  # bytes of an element
     swapped: bool = False
     plain: bool = True
+    reads: bool = True  # whether rows are read, not written: what messages say
 
     @classmethod
-    def in_order(cls, fd: int, path: Path, position: int, features: int, itemsize: int) -> FileLayout:
-        return cls(fd, path, position, (features * itemsize, itemsize))
+    def in_order(
+        cls, fd: int, path: Path, position: int, features: int, itemsize: int, *, reads: bool = True
+    ) -> FileLayout:
+        return cls(fd, path, position, (features * itemsize, itemsize), itemsize, reads=reads)
 
     @classmethod
-    def like(cls, fd: int, path: Path, position: int, array: HostArray) -> FileLayout:
+    def like(cls, fd: int, path: Path, position: int, array: HostArray, *, reads: bool = True) -> FileLayout:
         """As the elements of `array` lie in memory."""
         plain = array.shape[1] * array.itemsize, array.itemsize
         row, column = (a if n > 1 else b for n, a, b in zip(array.shape, array.strides, plain, strict=True))
         swapped = not array.dtype.isnative
-        return cls(fd, path, position, (row, column), swapped, not swapped and (row, column) == plain)
+        return cls(
+            fd, path, position, (row, column), array.itemsize, swapped, not swapped and (row, column) == plain, reads
+        )
 
-    def arguments(self, row: int, cast: Cast | None) -> Any:
-        """What follows the memory in the arguments of a ReadJob or WriteJob, for rows from `row` on."""
-        strides = None if self.plain else self.strides
-        return self.fd, self.position + row * self.strides[0], self.path, cast, strides, self.swapped
+    @property
+    def by_columns(self) -> bool:
+        """Whether it is the elements of a column, not those of a row, that follow one another."""
+        return self.strides[1] != self.itemsize
+
+    def lines(self, array: HostArray, position: int) -> Iterator[tuple[memoryview, int]]:
+        """What is contiguous at both ends, and its position in the file: `array` holds the file's rows or columns."""
+        whole = _bytes(array)
+        if self.strides == (array.shape[1] * self.itemsize, self.itemsize):
+            yield whole, position
+            return
+        length = array.shape[1] * self.itemsize
+        for i in range(len(array)):
+            yield whole[i * length : (i + 1) * length], position + i * self.strides[self.by_columns]
 
 
 def has_lines(array: HostArray) -> bool:
@@ -60,23 +77,83 @@ def has_lines(array: HostArray) -> bool:
     return any(n == 1 or stride == array.itemsize for n, stride in zip(array.shape, array.strides, strict=True))
 
 
-class FileRows:
-    """Rows of a file, from `row` on."""
-
-    array: HostArray | None = None
+class FileRows(SourceRows, TargetRows):
+    """Rows of a file, from `row` on, read with preadv and written with pwrite."""
 
     def __init__(self, layout: FileLayout, row: int, cast: Cast | None) -> None:
         self._layout, self._row, self._cast = layout, row, cast
 
-    def fill(self, first: int, piece: HostArray) -> Job:
-        return ReadJob(piece, *self._layout.arguments(self._row + first, self._cast))
+    @property
+    def plain(self) -> PlainRows | None:
+        layout = self._layout
+        if not layout.plain:
+            return None
+        return PlainRows(self._position(0), layout.strides[0], layout.fd, self._cast)
 
-    def drain(self, first: int, piece: HostArray) -> Job:
-        return WriteJob(piece, *self._layout.arguments(self._row + first, self._cast))
+    def _position(self, first: int) -> int:
+        return self._layout.position + (self._row + first) * self._layout.strides[0]
+
+    def read(self, first: int, piece: HostArray) -> None:
+        layout, position, end = self._layout, self._position(first), first + len(piece)
+        if layout.plain and self._cast is None:
+            self._read(_bytes(piece), position, end)
+            return
+        dtype = piece.dtype if self._cast is None else self._cast.source.carrier
+        shape = piece.shape[::-1] if layout.by_columns else piece.shape
+        into = np.empty(shape, dtype.newbyteorder() if layout.swapped else dtype)
+        for line, at in layout.lines(into, position):
+            self._read(line, at, end)
+        convert(piece, into.T if layout.by_columns else into, self._cast)
+
+    def _read(self, buffer: memoryview, position: int, end: int) -> None:
+        while buffer:
+            got = os.preadv(self._layout.fd, [buffer], position)
+            if got == 0:
+                raise self.failure(-1, position, end)
+            buffer, position = buffer[got:], position + got
+
+    def write(self, first: int, piece: HostArray) -> None:
+        layout, rows = self._layout, piece
+        if self._cast is not None:
+            rows = np.empty(piece.shape, self._cast.target.carrier)
+            convert(rows, piece, self._cast)
+        if layout.swapped:
+            rows = rows.byteswap()
+        rows = np.ascontiguousarray(rows.T if layout.by_columns else rows)
+        for line, at in layout.lines(rows, self._position(first)):
+            self._write(line, at)
+
+    def _write(self, buffer: memoryview, position: int) -> None:
+        while buffer:
+            try:
+                written = os.pwrite(self._layout.fd, buffer, position)
+            except OSError as error:
+                raise disk_error(error, self._layout.path) from error
+            buffer, position = buffer[written:], position + written
+
+    def failure(self, code: int, position: int, end: int) -> Exception:
+        path, reads = self._layout.path, self._layout.reads
+        if reads and code == -1:
+            early = f", {self._position(end) - position} bytes early" if self._layout.plain else ""
+            return FileFormatError(f"{path} ended at byte {position}{early}: it was cut while it was read")
+        code = errno.EIO if code == -1 else code  # -1: nothing was written, and nothing said why
+        error = OSError(code, os.strerror(code), str(path))
+        return error if reads else disk_error(error, path)
+
+
+def disk_error(error: OSError, path: Path) -> OutputError:
+    return OutputError(f"writing {path} failed: {error.strerror}; free space or choose another path")
+
+
+def _bytes(array: HostArray) -> memoryview:
+    """The bytes of a contiguous array."""
+    return array.reshape(-1).view(np.uint8).data
 
 
 class FileSource(Source):
     """Rows of an open file, which it closes. `array` is the map of them that the caller passed, if that is one."""
+
+    where = "file"
 
     def __init__(
         self, kind: str, layout: FileLayout, shape: tuple[int, int], dtype: DType, array: HostArray | None = None
@@ -149,10 +226,10 @@ class MappedFile:
     low: int
     high: int
 
-    def layout(self, array: HostArray) -> FileLayout:
-        """Where the array's rows lie in it."""
+    def layout(self, array: HostArray, *, reads: bool = True) -> FileLayout:
+        """Where the array's rows lie in it; `reads`: to be read, not written."""
         first = self.low + address_of(array) - np.lib.array_utils.byte_bounds(array)[0]
-        return FileLayout.like(self.fd, self.path, first, array)
+        return FileLayout.like(self.fd, self.path, first, array, reads=reads)
 
 
 def memmap_of(array: HostArray) -> np.memmap[Any, Any] | None:

@@ -5,38 +5,34 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from pipeline.arrays import HostArray
-from pipeline.flow import Chunk, DeviceRows, Feed, SourceRows
-from pipeline.staging.jobs import Cast, CopyJob, Job
+from pipeline.arrays import HostArray, address_of, convert
+from pipeline.dtypes import Cast
+from pipeline.flow import Chunk, DeviceRows, Feed, PlainRows, SourceRows, TargetRows
 
 
-class ArrayRows:
-    """Rows of an array of any strides and byte order."""
+class ArrayRows(SourceRows, TargetRows):
+    """Rows of an array of any strides and byte order, read or written; memory that is `fresh` has never been written.
 
-    def __init__(self, array: HostArray, cast: Cast | None = None) -> None:
-        self._array, self._cast = array, cast
-        self.array = _in_place(array, cast)
-
-    def fill(self, first: int, piece: HostArray) -> Job:
-        return CopyJob(piece, self._array[first : first + len(piece)], self._cast)
-
-
-class ArrayTarget:
-    """Rows of an array of any strides and byte order; `fresh` where its memory has never been written.
-
-    Streaming stores: nobody reads the result before the run is over, and pieces stay in the cache.
+    `cast` is between the array's element type and the wire's.
     """
 
     def __init__(self, array: HostArray, cast: Cast | None = None, *, fresh: bool = False) -> None:
         self._array, self._cast, self._fresh = array, cast, fresh
-        self.array = _in_place(array, cast)
+        self.array = array if cast is None and array.flags.c_contiguous and array.dtype.isnative else None
 
-    def drain(self, first: int, piece: HostArray) -> Job:
-        return CopyJob(self._array[first : first + len(piece)], piece, self._cast, streaming=True, fresh=self._fresh)
+    @property
+    def plain(self) -> PlainRows | None:
+        array = self._array
+        contiguous = array.strides[1] == array.itemsize or array.shape[1] <= 1
+        if not (array.dtype.isnative and contiguous):
+            return None
+        return PlainRows(address_of(array), array.strides[0], cast=self._cast, fresh=self._fresh)
 
+    def read(self, first: int, piece: HostArray) -> None:
+        convert(piece, self._array[first : first + len(piece)], self._cast)
 
-def _in_place(array: HostArray, cast: Cast | None) -> HostArray | None:
-    return array if cast is None and array.flags.c_contiguous and array.dtype.isnative else None
+    def write(self, first: int, piece: HostArray) -> None:
+        convert(self._array[first : first + len(piece)], piece, self._cast)
 
 
 class RangeFeed(Feed):

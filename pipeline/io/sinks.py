@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray, host_tensor, host_view, is_cuda, is_torch, overlaps
-from pipeline.dtypes import DType, parse_dtype
+from pipeline.dtypes import Cast, DType, cast_between, parse_dtype
 from pipeline.errors import DTypeError, OptionError, OutputError, OutputExistsError
 from pipeline.flow import Chunk, DeviceRows, Sink, Source
 from pipeline.io.files import MapSink, has_lines, memmap_of, open_map, reserve
 from pipeline.io.formats.npy import NpyFileSink
-from pipeline.io.memory import ArrayTarget
+from pipeline.io.memory import ArrayRows
 from pipeline.io.sources import CudaSource, reads_from, source_bytes
 from pipeline.layer.forward import check_gpu_layout, check_gpu_out, check_out
 from pipeline.layer.linear import FusedLinear
-from pipeline.staging.jobs import Cast, cast_between
 
 
 class ArraySink(Sink):
@@ -28,8 +27,8 @@ class ArraySink(Sink):
         self._value, self._array, self._cast, self._fresh = value, array, cast, fresh
         self.where = "fresh memory" if fresh else "memory"
 
-    def target(self, chunk: Chunk) -> ArrayTarget:
-        return ArrayTarget(self._array[chunk.row : chunk.row + chunk.rows], self._cast, fresh=self._fresh)
+    def target(self, chunk: Chunk) -> ArrayRows:
+        return ArrayRows(self._array[chunk.row : chunk.row + chunk.rows], self._cast, fresh=self._fresh)
 
     def finish(self, rows: int) -> Any:
         return self._value
@@ -56,13 +55,13 @@ class GrowingSink(Sink):
     def _rows(self, rows: int) -> HostArray:
         return np.empty((rows, self._features), self._dtype.carrier)
 
-    def target(self, chunk: Chunk) -> ArrayTarget:
+    def target(self, chunk: Chunk) -> ArrayRows:
         end = chunk.row + chunk.rows
         if end <= len(self._whole):
             rows = self._whole[chunk.row : end]
         else:
             rows = self._blocks[chunk.row] = self._rows(chunk.rows)
-        return ArrayTarget(rows, self._cast, fresh=True)
+        return ArrayRows(rows, self._cast, fresh=True)
 
     def finish(self, rows: int) -> Any:
         if not self._blocks:
@@ -83,6 +82,8 @@ def _memory_bytes() -> int:
 
 class CudaSink(Sink):
     """A CUDA tensor, written by the kernel itself."""
+
+    where = "device"
 
     def __init__(self, tensor: Any, dtype: DType) -> None:
         self.tensor, self._itemsize = tensor, dtype.itemsize
@@ -155,7 +156,7 @@ def _open_map_sink(out: Any, array: HostArray, source: Source, cast: Cast | None
         if reads_from(source, file):
             raise OptionError(f"out maps the bytes of {file.path} that are the source; the layer can't run in place")
         reserve(file.fd, file.path, file.low, file.high - file.low)
-        return MapSink(out, file.layout(array), cast)
+        return MapSink(out, file.layout(array, reads=False), cast)
     except BaseException:
         os.close(file.fd)
         raise

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray, byte_range, host_view, is_cuda, is_torch, overlaps
-from pipeline.dtypes import DType, parse_dtype
+from pipeline.dtypes import DType, cast_between, parse_dtype
 from pipeline.errors import FileFormatError, InputError
 from pipeline.flow import BatchResult, DeviceRows, Feed, Gather, Source
 from pipeline.io.batches import BatchSource
@@ -21,7 +21,6 @@ from pipeline.io.files import FileLayout, FileSource, MappedFile, memmap_of, ope
 from pipeline.io.memory import ArrayRows, RangeFeed
 from pipeline.layer.forward import check_rows
 from pipeline.layer.linear import FusedLinear
-from pipeline.staging.jobs import cast_between
 
 
 class ArraySource(Source):
@@ -32,6 +31,8 @@ class ArraySource(Source):
         self.rows, self.features = self.array.shape
         self.kind = kind
         self.family = "torch" if is_torch(value) else "numpy"
+        if self.array.flags.c_contiguous and memmap_of(self.array) is None:
+            self.memory = self.array
 
     def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
         array, cast = self.array, cast_between(self.dtype, wire)
@@ -41,7 +42,7 @@ class ArraySource(Source):
 class CudaSource(Source):
     """A CUDA tensor of shape (rows, features): the kernel reads it where it is."""
 
-    kind, family = "CUDA tensor", "cuda"
+    kind, family, where = "CUDA tensor", "cuda", "device"
 
     def __init__(self, tensor: Any) -> None:
         self.dtype = parse_dtype(tensor.dtype, "the source's dtype")
@@ -101,7 +102,9 @@ def open_npy(path: Path, in_features: int) -> Source:
     rows, features = shape
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     strides = (dtype.itemsize, rows * dtype.itemsize) if fortran else (features * dtype.itemsize, dtype.itemsize)
-    layout = FileLayout(fd, path, offset, strides, swapped=not dtype.isnative, plain=not fortran and dtype.isnative)
+    layout = FileLayout(
+        fd, path, offset, strides, dtype.itemsize, swapped=not dtype.isnative, plain=not fortran and dtype.isnative
+    )
     source = FileSource(".npy file" + (" in Fortran order" if fortran else ""), layout, (rows, features), element)
     source.path = path
     return source

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -12,11 +11,10 @@ from pipeline.config import Staging
 from pipeline.devices.sim import Engine, Hardware, SimDevice
 from pipeline.dtypes import DType
 from pipeline.executor import Executor
-from pipeline.flow import Chunk, DeviceRows, Operation, Sink
+from pipeline.flow import Chunk, DeviceRows, Job, Operation, Sink, SourceRows, TargetRows
 from pipeline.instrument import Recorder
 from pipeline.io.memory import RangeFeed
 from pipeline.report.stats import stage_stats
-from pipeline.staging.jobs import Job
 
 _CHUNKS, _PIECES = 240, 8_000  # simulated at most, but for as many chunks as it takes to fill and empty the lanes
 _STREAMS = 60  # simulated at most: a chunk that waits behind so many others changes nothing
@@ -147,8 +145,8 @@ class _PlanWorkers:
         self._free_at_s = {"fill": 0.0, "drain": 0.0}
         self.asked: tuple[str, int] = ("fill", 0)  # stage and rows of the job that is being submitted
 
-    def submit(self, work: Callable[[], None]) -> Operation:
-        work()
+    def submit(self, job: Job) -> Operation:
+        job()
         stage, rows = self.asked
         now = self._device.now()
         self._memory_free_at_s = max(now, self._memory_free_at_s) + rows * self._memory_row_s[stage]
@@ -156,8 +154,8 @@ class _PlanWorkers:
         end_s = max(self._memory_free_at_s, self._free_at_s[stage])
         return self._device.schedule(Engine(), now, end_s - now, _nothing, _nothing)
 
-    def run(self, work: Callable[[], None]) -> None:
-        work()
+    def run(self, job: Job) -> None:
+        job()
 
     def wait_all(self) -> None:
         self._device.synchronize()
@@ -188,20 +186,17 @@ class _NoMemory:
         pass  # PIPELINE_DEBUG overwrites pieces
 
 
-class _Rows:
+class _Rows(SourceRows, TargetRows):
     """Rows of a chunk at one end: staged ones tell the copy workers how many they are, pinned ones show no memory."""
 
     def __init__(self, workers: _PlanWorkers, stage: str, rows: int, staged: bool) -> None:
         self._workers, self._stage = workers, stage
         self.array = None if staged else cast(HostArray, _NoMemory(rows))
 
-    def fill(self, first: int, piece: HostArray) -> Job:
-        def tell() -> None:
-            self._workers.asked = (self._stage, len(piece))
+    def read(self, first: int, piece: HostArray) -> None:
+        self._workers.asked = (self._stage, len(piece))
 
-        return tell
-
-    drain = fill
+    write = read
 
 
 class _PlanSink(Sink):

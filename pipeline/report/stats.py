@@ -37,8 +37,8 @@ class StageStats:
 class Ends:
     """Where a run's rows come from and go to, as far as ceilings and advice depend on it."""
 
-    source: str = "memory"  # or "file", "batches"
-    target: str = "memory"  # or "fresh memory", "file"
+    source: str = "memory"  # or "file", "batches", "device"
+    target: str = "memory"  # or "fresh memory", "file", "device"
 
 
 @dataclass(frozen=True)

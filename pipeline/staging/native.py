@@ -11,12 +11,11 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from pipeline.arrays import HostArray, address_of
+from pipeline.arrays import address_of
 from pipeline.config import native_copy
-from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32
+from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, Cast
 from pipeline.errors import PipelineError
-from pipeline.flow import Operation, Workers
-from pipeline.staging.jobs import Cast, CopyJob, Job, ReadJob, WriteJob
+from pipeline.flow import Drain, HostRows, Job, Operation, Workers
 from pipeline.staging.threads import ThreadWorkers
 
 _COPY, _READ_FILE, _WRITE_FILE = range(3)
@@ -109,8 +108,8 @@ def _library() -> tuple[Any, str]:
 class _NativeJob:
     """A job in the native pool. An interrupt may come between any two of its steps: each can be done again."""
 
-    def __init__(self, workers: NativeWorkers, work: Any) -> None:
-        self._workers, self._work = workers, work
+    def __init__(self, workers: NativeWorkers, job: Job) -> None:
+        self._workers, self._job = workers, job
         self.memory = ctypes.create_string_buffer(workers.job_bytes)
         self._times: tuple[float, float] | None = None
         self._error: Exception | None = None
@@ -121,9 +120,9 @@ class _NativeJob:
             if not self._workers.library.host_copy_done(self.memory, ctypes.byref(result)):
                 return False
             if result.error:
-                self._error = self._work.failure(result.error, result.position)
+                self._error = self._job.failure(result.error, result.position)
             self._times = (result.start_ns * 1e-9, result.end_ns * 1e-9)  # the clock of time.perf_counter
-            self._work = None
+            del self._job  # the caller's arrays aren't kept
             self._workers.forget(self)
         if self._error is not None:
             raise self._error
@@ -141,8 +140,8 @@ class _NativeJob:
 
 
 class NativeWorkers:
-    """Copy workers in C. What they can't do (columns apart, foreign byte order, files with gaps between rows, any
-    other callable) NumPy does, in as many Python threads."""
+    """Copy workers in C. What they can't do (columns apart, foreign byte order, files with gaps between rows) NumPy
+    does, in as many Python threads."""
 
     def __init__(self, count: int, instructions: str = "best") -> None:
         self.library, reason = _library()
@@ -165,30 +164,30 @@ class NativeWorkers:
         numpy = f", {self._by_numpy} copies by NumPy" if self._by_numpy else ""
         return f"copy workers: {self.count} (native, {self._isa}{numpy})"
 
-    def submit(self, work: Job) -> Operation:
+    def submit(self, job: Job) -> Operation:
         self._check_open()
-        request = copy_request(work)
+        request = _job_request(job)
         if request is None:
             self._by_numpy += 1
-            return self._threads.submit(work)
-        return self._submit(work, request)
+            return self._threads.submit(job)
+        return self._submit(job, request)
 
-    def _submit(self, work: Job, request: Request) -> _NativeJob:
-        job = _NativeJob(self, work)
-        self._jobs.add(job)
-        code = self.library.host_copy_submit(self.pool, job.memory, ctypes.byref(request))
+    def _submit(self, job: Job, request: Request) -> _NativeJob:
+        queued = _NativeJob(self, job)
+        self._jobs.add(queued)
+        code = self.library.host_copy_submit(self.pool, queued.memory, ctypes.byref(request))
         if code:
-            self._jobs.discard(job)
+            self._jobs.discard(queued)
             raise PipelineError(f"a copy job was refused: {os.strerror(code)}")
-        return job
+        return queued
 
-    def run(self, work: Job) -> None:
+    def run(self, job: Job) -> None:
         self._check_open()
-        request = copy_request(work)
+        request = _job_request(job)
         if request is None:
-            work()
+            job()
         else:
-            self._submit(work, request).wait()
+            self._submit(job, request).wait()
 
     def wait_all(self) -> None:
         while self.library.host_copy_pending(self.pool):
@@ -216,44 +215,45 @@ def _close_pool(library: Any, pool: int, pid: int) -> None:
         library.host_copy_close(pool)
 
 
-def copy_request(work: Job) -> Request | None:
-    """What the native pool is asked for, or None where it can't do the job."""
-    if not isinstance(work, (CopyJob, ReadJob, WriteJob)) or work.cast not in _CASTS:
+def copy_request(
+    rows: HostRows, drains: bool, first: int, count: int, features: int, dtype_bytes: int
+) -> Request | None:
+    """What C is asked for to move `count` rows, from `first` on, but for the piece: its address and row stride.
+
+    `dtype_bytes` is the size of an element of the wire's. None where C can't move these rows.
+    """
+    plain = rows.plain
+    if plain is None or plain.cast not in _CASTS:
         return None
-    cast = _CASTS[work.cast]
-    if isinstance(work, CopyJob):
-        source, target = work.source, work.target
-        if not (_is_plain(source) and _is_plain(target)) or (cast == 0 and source.dtype != target.dtype):
-            return None
-        return Request(
-            kind=_COPY,
-            cast=cast,
-            streaming=work.streaming,
-            fresh=work.fresh,
-            target=address_of(target),
-            source=address_of(source),
-            target_stride=target.strides[0],
-            source_stride=source.strides[0],
-            rows=len(target),
-            length=target.shape[1] * (1 if cast else target.itemsize),
-        )
-    if work.strides is not None or work.swapped:
-        return None
-    rows = work.target if isinstance(work, ReadJob) else work.source
-    length = rows.shape[1] * (1 if cast else rows.itemsize)
-    request = Request(cast=cast, fd=work.fd, rows=len(rows), length=length, offset=work.position)
-    if isinstance(work, ReadJob):
-        request.kind, request.target, request.target_stride = _READ_FILE, address_of(rows), rows.strides[0]
-        request.source_stride = length * (work.cast.source.itemsize if work.cast else 1)
+    cast = _CASTS[plain.cast]
+    length = features * (1 if cast else dtype_bytes)
+    place = plain.address + first * plain.stride_bytes
+    request = Request(cast=cast, streaming=drains, fresh=plain.fresh, rows=count, length=length)
+    if plain.fd is not None:
+        request.kind = _WRITE_FILE if drains else _READ_FILE
+        request.fd, request.offset = plain.fd, place
+    elif drains:
+        request.kind, request.target = _COPY, place
     else:
-        request.kind, request.source, request.source_stride = _WRITE_FILE, address_of(rows), rows.strides[0]
-        request.target_stride = length * (work.cast.target.itemsize if work.cast else 1)
+        request.kind, request.source = _COPY, place
+    if drains:
+        request.target_stride = plain.stride_bytes
+    else:
+        request.source_stride = plain.stride_bytes
     return request
 
 
-def _is_plain(array: HostArray) -> bool:
-    """Whether each row is contiguous and native-endian; rows may lie anywhere."""
-    return array.dtype.isnative and (array.strides[1] == array.itemsize or array.shape[1] <= 1)
+def _job_request(job: Job) -> Request | None:
+    """What the native pool is asked for, or None where it can't do the job."""
+    drains, piece = isinstance(job, Drain), job.piece
+    request = copy_request(job.rows, drains, job.first, len(piece), piece.shape[1], piece.itemsize)
+    if request is None:
+        return None
+    if drains:
+        request.source, request.source_stride = address_of(piece), piece.strides[0]
+    else:
+        request.target, request.target_stride = address_of(piece), piece.strides[0]
+    return request
 
 
 def workers_kind() -> str:

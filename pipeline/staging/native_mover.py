@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.arrays import HostArray, address_of
+from pipeline.arrays import address_of
 from pipeline.devices.base import NativeCopies
 from pipeline.errors import PipelineError
-from pipeline.flow import SourceRows, TargetRows
-from pipeline.staging.jobs import Job
+from pipeline.flow import HostRows, SourceRows, TargetRows
 from pipeline.staging.native import NativeWorkers, Request, copy_request
 from pipeline.staging.ring import Ring
 
@@ -80,8 +79,14 @@ class Span(NamedTuple):
 class Transfer:
     """A chunk on its way through a lane. An interrupt may come between any two of its steps."""
 
-    def __init__(self, lanes: StagingLanes, job: Job, rows: int, piece_rows: int, what: str) -> None:
-        self._lanes, self._job, self._rows, self._piece_rows, self._what = lanes, job, rows, piece_rows, what
+    def __init__(self, lanes: StagingLanes, host_rows: HostRows, rows: int, piece_rows: int, what: str) -> None:
+        self._lanes, self._host_rows, self._rows, self._piece_rows, self._what = (
+            lanes,
+            host_rows,
+            rows,
+            piece_rows,
+            what,
+        )
         self.memory = ctypes.create_string_buffer(lanes.transfer_bytes)
         self.spans_ns = np.zeros((-(-rows // piece_rows), 4), np.int64)
         self.is_over = False  # as `done` has seen
@@ -108,8 +113,7 @@ class Transfer:
         if result.device_error:
             raise self._lanes.copies.error(self._what, result.device_error)
         if result.error:
-            job: Any = self._job
-            raise job.failure(result.error, result.position)
+            raise self._host_rows.failure(result.error, result.position, self._rows)
         if result.cancelled:
             raise PipelineError(f"the {self._what} was cancelled")
         return True
@@ -157,29 +161,27 @@ class StagingLanes:
 
         Nothing else may use the buffer until the transfer is done.
         """
-        job = source.fill(0, _stand_in(self._ring_in, rows))
-        host = copy_request(job)
+        host = _whole_chunk(source, rows, self._ring_in, drains=False)
         if host is None:
             return None
         what = f"H2D copy of slot {slot}"
-        return self._submit(job, host, self.copies.input(slot), self._ring_in, chunk, None, what)
+        return self._submit(source, host, self.copies.input(slot), self._ring_in, chunk, None, what)
 
     def store(self, target: TargetRows, rows: int, slot: int, chunk: int) -> Transfer | None:
         """Copy rows from the slot's output buffer to where they go, once the slot's last kernel is done; None where the
         workers in C can't write them."""
-        job = target.drain(0, _stand_in(self._ring_out, rows))
-        host = copy_request(job)
+        host = _whole_chunk(target, rows, self._ring_out, drains=True)
         if host is None:
             return None
         what, after = f"D2H copy of slot {slot}", self.copies.after_kernel(slot)
-        return self._submit(job, host, self.copies.output(slot), self._ring_out, chunk, after, what)
+        return self._submit(target, host, self.copies.output(slot), self._ring_out, chunk, after, what)
 
     def _submit(
-        self, job: Job, host: Request, device: int, ring: Ring, chunk: int, after: int | None, what: str
+        self, host_rows: HostRows, host: Request, device: int, ring: Ring, chunk: int, after: int | None, what: str
     ) -> Transfer:
         if ring not in self._in_use:
             self._use(ring)
-        transfer = Transfer(self, job, host.rows, ring.piece_rows, what)
+        transfer = Transfer(self, host_rows, host.rows, ring.piece_rows, what)
         spans, out = address_of(transfer.spans_ns), ring is self._ring_out
         request = _TransferRequest(host, device, ring.row_bytes, ring.piece_rows, chunk, spans, after, out)
         self._transfers.add(transfer)
@@ -215,6 +217,6 @@ def _close_lanes(library: Any, lanes: int, pid: int, workers: NativeWorkers) -> 
         library.host_lanes_close(lanes)
 
 
-def _stand_in(ring: Ring, rows: int) -> HostArray:
-    """An array of a chunk's shape, for jobs whose pieces the lanes choose: all its rows are one."""
-    return np.broadcast_to(np.empty((1, ring.features), ring.dtype.carrier), (rows, ring.features))
+def _whole_chunk(rows: HostRows, count: int, ring: Ring, *, drains: bool) -> Request | None:
+    """What C is asked for to move a chunk's rows through a ring, whose pieces it chooses."""
+    return copy_request(rows, drains, 0, count, ring.features, ring.dtype.itemsize)

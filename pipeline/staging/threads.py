@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from pipeline.flow import Job
 
-class _Job:
+
+class _Running:
     """A copy job on a worker thread."""
 
-    def __init__(self, pool: ThreadPoolExecutor, work: Callable[[], None]) -> None:
-        self._future: Future[tuple[float, float]] = pool.submit(_timed, work)
+    def __init__(self, pool: ThreadPoolExecutor, job: Job) -> None:
+        self._future: Future[tuple[float, float]] = pool.submit(_timed, job)
 
     def done(self) -> bool:
         if not self._future.done():
@@ -23,9 +24,9 @@ class _Job:
         return self._future.result()
 
 
-def _timed(work: Callable[[], None]) -> tuple[float, float]:
+def _timed(job: Job) -> tuple[float, float]:
     start = time.perf_counter()
-    work()
+    job()
     return start, time.perf_counter()
 
 
@@ -40,16 +41,16 @@ class ThreadWorkers:
     def _new_pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.count, thread_name_prefix="pipeline-copy")
 
-    def submit(self, work: Callable[[], None]) -> _Job:
-        return _Job(self._pool, work)
+    def submit(self, job: Job) -> _Running:
+        return _Running(self._pool, job)
 
     def wait_all(self) -> None:
         """A pool that is shut down has done its jobs, also those of which an interrupt lost the trace."""
         old, self._pool = self._pool, self._new_pool()
         old.shutdown(wait=True)
 
-    def run(self, work: Callable[[], None]) -> None:
-        work()
+    def run(self, job: Job) -> None:
+        job()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)

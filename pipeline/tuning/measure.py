@@ -21,10 +21,9 @@ from pipeline.config import DEFAULT_STREAMS, Staging, cores
 from pipeline.devices.base import Device
 from pipeline.dtypes import FLOAT32, DType
 from pipeline.executor import Executor
-from pipeline.flow import Chunk, DeviceRows, Feed, Operation, Sink, Workers
+from pipeline.flow import Chunk, DeviceRows, Drain, Feed, Fill, Operation, Sink, Workers
 from pipeline.instrument import Recorder
-from pipeline.io.memory import ArrayRows, ArrayTarget
-from pipeline.staging.jobs import CopyJob
+from pipeline.io.memory import ArrayRows
 from pipeline.staging.native import open_workers
 
 _FEATURES = 8192
@@ -78,8 +77,8 @@ class _ScratchSink(Sink):
     def __init__(self, chunks: HostArray | None) -> None:
         self._chunks = chunks
 
-    def target(self, chunk: Chunk) -> ArrayTarget | DeviceRows:
-        return _NO_ROWS if self._chunks is None else ArrayTarget(self._chunks[chunk.index % len(self._chunks)])
+    def target(self, chunk: Chunk) -> ArrayRows | DeviceRows:
+        return _NO_ROWS if self._chunks is None else ArrayRows(self._chunks[chunk.index % len(self._chunks)])
 
     def finish(self, rows: int) -> None:
         pass
@@ -183,7 +182,8 @@ class Copies:
             row = next_row[fills] if next_row[fills] + rows <= len(ordinary) else 0
             next_row[fills] = row + rows
             part = ordinary[row : row + rows]
-            return workers.submit(CopyJob(piece, part) if fills else CopyJob(part, piece, streaming=True))
+            rows_there = ArrayRows(part)
+            return workers.submit(Fill(rows_there, 0, piece) if fills else Drain(rows_there, 0, piece))
 
         try:
             end_s, first_s, done = device.now() + self._trial_s, 0.0, 0

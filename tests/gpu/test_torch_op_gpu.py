@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
-from pipeline import # noqa: E402  (the operator registers itself with torch, which may be missing
+from pipeline import (  # noqa: E402  (the operator registers itself with torch, which may be missing)
     DTypeError,
     FusedLinear,
     GemmSigmoidScalingResidualAdd,

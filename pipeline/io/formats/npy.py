@@ -6,11 +6,10 @@ import errno
 import os
 from pathlib import Path
 
-from pipeline.dtypes import DType
+from pipeline.dtypes import DType, cast_between
 from pipeline.errors import OutputError, OutputExistsError
 from pipeline.flow import Chunk, Sink
-from pipeline.io.files import FileLayout, FileRows, reserve
-from pipeline.staging.jobs import cast_between, disk_error
+from pipeline.io.files import FileLayout, FileRows, disk_error, reserve
 
 _HEADER_BYTES = 128  # of the files written
 
@@ -47,7 +46,7 @@ class NpyFileSink(Sink):
                 f"can't write {path}: no file can be made in its folder ({error.strerror}); choose a path that can be "
                 f"written"
             ) from error
-        self._rows = FileLayout.in_order(self._fd, path, _HEADER_BYTES, out_features, dtype.itemsize)
+        self._rows = FileLayout.in_order(self._fd, path, _HEADER_BYTES, out_features, dtype.itemsize, reads=False)
         try:
             reserve(self._fd, path, 0, _HEADER_BYTES + (rows or 0) * self._rows.strides[0])
             self._write_header(rows or 0)
