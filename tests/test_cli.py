@@ -21,7 +21,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import pipeline
-from pipeline import FusedLinear, cli
+from pipeline import FusedLinear
+from pipeline.cli import commands as cli
 from pipeline.errors import CompileError, DeviceNotFoundError
 from pipeline.instrument import STAGES
 
