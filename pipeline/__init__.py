@@ -32,6 +32,7 @@ from pipeline.errors import (
 
 if TYPE_CHECKING:
     from pipeline.api import Pipeline, Progress, Result, run_pipelined
+    from pipeline.dtypes import DType, register_dtype
     from pipeline.layer.linear import FusedLinear
     from pipeline.pinned import Pinned, pin
     from pipeline.report.stats import Stats
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompileError",
+    "DType",
     "DTypeError",
     "DeviceError",
     "DeviceMemoryError",
@@ -64,10 +66,13 @@ __all__ = [
     "__version__",
     "fused_gemm_sigmoid_scale_add",
     "pin",
+    "register_dtype",
     "run_pipelined",
 ]
 
 _HOMES = {
+    "DType": "pipeline.dtypes",
+    "register_dtype": "pipeline.dtypes",
     "FusedLinear": "pipeline.layer.linear",
     "GemmSigmoidScalingResidualAdd": "pipeline.torch_op",
     "fused_gemm_sigmoid_scale_add": "pipeline.torch_op",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dtypes import BFLOAT16, CONVERT, DTYPES, Cast, DType, parse_dtype
+from pipeline.dtypes import CONVERT, Cast, DType, parse_dtype
 from pipeline.errors import DTypeError, InputError, ShapeError
 
 if TYPE_CHECKING:
@@ -73,14 +73,12 @@ def host_view(value: Any, what: str, remedy: str = CONVERT) -> tuple[HostArray, 
             raise DTypeError(f"{what} is a view that torch negates when it is read; use .resolve_neg() first")
         dtype = parse_dtype(value.dtype, f"{what} dtype", remedy)
         tensor = value.detach()
-        return (tensor.view(torch.uint16) if dtype.name == "bfloat16" else tensor).numpy(), dtype
+        return (tensor if dtype.in_numpy else tensor.view(getattr(torch, dtype.carrier.name))).numpy(), dtype
     array = np.asanyarray(value)
     if isinstance(array, np.ma.MaskedArray):
         raise DTypeError(f"{what} is a masked array, its mask would be lost; use .filled() first")
-    if array.dtype.name == "bfloat16":  # the ml_dtypes package's type
-        return array.view(DTYPES["bfloat16"].carrier), DTYPES["bfloat16"]
     dtype = parse_dtype(array.dtype.newbyteorder("="), f"{what} dtype", remedy)
-    return array, dtype
+    return (array if dtype.in_numpy else array.view(dtype.carrier)), dtype
 
 
 def host_tensor(array: HostArray, dtype: DType) -> torch.Tensor:
@@ -95,7 +93,7 @@ def host_tensor(array: HostArray, dtype: DType) -> torch.Tensor:
     if any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = array.copy()
     tensor = torch.from_numpy(np.require(array, requirements="W"))
-    return tensor.view(torch.bfloat16) if dtype.name == "bfloat16" else tensor
+    return tensor if dtype.in_numpy else tensor.view(getattr(torch, dtype.name))
 
 
 def to_float64(value: Any, what: str = "array") -> npt.NDArray[np.float64]:
@@ -103,29 +101,17 @@ def to_float64(value: Any, what: str = "array") -> npt.NDArray[np.float64]:
     if is_torch(value):
         return np.asarray(value.detach().cpu().double().numpy())
     array, dtype = host_view(value, what)
-    if dtype.name == "bfloat16":
-        array = widen_bfloat16(array)
+    if dtype.widen is not None:
+        array = dtype.widen(array)
     return array.astype(np.float64)
-
-
-def widen_bfloat16(carrier: HostArray) -> HostArray:
-    return np.asarray((carrier.astype(np.uint32) << 16).view(np.float32))
-
-
-def narrow_bfloat16(array: HostArray) -> HostArray:
-    """float32 rounded to nearest even, as bfloat16 in its carrier type; NaN stays NaN."""
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
-    quiet = (bits >> 16) | 0x40
-    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, rounded).astype(np.uint16)
 
 
 def convert(target: HostArray, source: HostArray, cast: Cast | None) -> None:
     """target[...] = source, both in the carrier types of the cast."""
-    if cast is not None and cast.target is BFLOAT16:
-        source = narrow_bfloat16(source)
-    elif cast is not None and cast.source is BFLOAT16:
-        source = widen_bfloat16(source)
+    if cast is not None and cast.source.widen is not None:
+        source = cast.source.widen(source)
+    if cast is not None and cast.target.narrow is not None:
+        source = cast.target.narrow(source)
     with np.errstate(over="ignore", invalid="ignore"):  # beyond fp16's range lies infinity
         np.copyto(target, source, casting="same_kind")
 

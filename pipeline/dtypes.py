@@ -1,29 +1,67 @@
-"""Element types and precisions."""
+"""Element types, what they are on the host, in torch and in kernels, and the precisions that they are computed in.
+
+A type is one `DType`: all that the package knows of it. `register_dtype` adds one.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.errors import DTypeError, OptionError
 
+_Array = npt.NDArray[Any]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class DType:
-    """An element type of the layer.
+    """An element type of rows and weights.
 
-    `carrier` is the NumPy type that moves its bytes on the host: NumPy has no bfloat16 of its own, so
-    bfloat16 travels as unsigned 16-bit integers.
+    Args:
+        name: its name in NumPy (or the package ml_dtypes) and in torch.
+        carrier: the NumPy type that moves its bytes on the host, an unsigned integer where NumPy itself lacks the type.
+        short_name: another name that options take.
+        widen, narrow: where NumPy lacks it, the exact change of carriers to float32, and the rounding of float32 to
+            carriers (to nearest, ties to even; NaN stays NaN).
+        cuda_name: its C++ type in kernels, None where no kernel takes it.
+        tensor_map_name: the end of its CU_TENSOR_MAP_DATA_TYPE, for kernels that use the bulk tensor copy engine.
+        carries_float32: float32 rows may cross the bus in it (`wire_dtype`).
     """
 
     name: str
     carrier: np.dtype[Any]
+    short_name: str = ""
+    widen: Callable[[_Array], _Array] | None = None
+    narrow: Callable[[_Array], _Array] | None = None
+    cuda_name: str | None = None
+    tensor_map_name: str | None = None
+    carries_float32: bool = False
 
     @property
     def itemsize(self) -> int:
         return self.carrier.itemsize
+
+    @property
+    def in_numpy(self) -> bool:
+        """Whether NumPy itself has the type. Arrays of other types are of their carrier, or of ml_dtypes' type."""
+        return self.carrier.name == self.name
+
+    def numpy_type(self) -> np.dtype[Any]:
+        """The type that arrays of it have: NumPy's, else that of the package ml_dtypes.
+
+        Raises:
+            ImportError, AttributeError: ml_dtypes isn't installed, or lacks it.
+        """
+        if self.in_numpy:
+            return self.carrier
+        import ml_dtypes
+
+        found: np.dtype[Any] = np.dtype(getattr(ml_dtypes, self.name))
+        return found
 
     def __str__(self) -> str:
         return self.name
@@ -32,12 +70,50 @@ class DType:
         return parse_dtype, (self.name,)  # there is one object a type: they are compared with `is`
 
 
-FLOAT64 = DType("float64", np.dtype("=f8"))
-FLOAT32 = DType("float32", np.dtype("=f4"))
-FLOAT16 = DType("float16", np.dtype("=f2"))
-BFLOAT16 = DType("bfloat16", np.dtype("=u2"))
+def widen_bfloat16(carrier: _Array) -> _Array:
+    return np.asarray((carrier.astype(np.uint32) << 16).view(np.float32))
+
+
+def narrow_bfloat16(array: _Array) -> _Array:
+    """float32 rounded to nearest even, as bfloat16 in its carrier type; NaN stays NaN."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> 16) & 1))) >> 16
+    quiet = (bits >> 16) | 0x40
+    return np.where((bits & 0x7FFFFFFF) > 0x7F800000, quiet, rounded).astype(np.uint16)
+
+
+FLOAT64 = DType("float64", np.dtype("=f8"), "fp64")
+FLOAT32 = DType("float32", np.dtype("=f4"), "fp32", cuda_name="float", tensor_map_name="FLOAT32")
+FLOAT16 = DType("float16", np.dtype("=f2"), "fp16", cuda_name="__half", tensor_map_name="FLOAT16", carries_float32=True)
+BFLOAT16 = DType(
+    "bfloat16",
+    np.dtype("=u2"),
+    "bf16",
+    widen=widen_bfloat16,
+    narrow=narrow_bfloat16,
+    cuda_name="__nv_bfloat16",
+    tensor_map_name="BFLOAT16",
+    carries_float32=True,
+)
 DTYPES = {dtype.name: dtype for dtype in (FLOAT64, FLOAT32, BFLOAT16, FLOAT16)}
-_SHORT_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def register_dtype(dtype: DType) -> DType:
+    """Let arrays, tensors, weights and options be of another element type from now on. Returns it.
+
+    The CPU computes it through float32, in which torch must be able to read and write its tensors. GPUs refuse it until
+    a kernel takes it.
+
+    Raises:
+        DTypeError: there is a type of that name already, or one of widen and narrow is missing where both are needed.
+    """
+    taken = {name for known in DTYPES.values() for name in (known.name, known.short_name)}
+    if dtype.name in taken or (dtype.short_name and dtype.short_name in taken):
+        raise DTypeError(f"an element type named {dtype.name!r} or {dtype.short_name!r} is registered already")
+    if not dtype.in_numpy and (dtype.widen is None or dtype.narrow is None):
+        raise DTypeError(f"element type {dtype} isn't NumPy's own, so it needs widen and narrow; pass both")
+    DTYPES[dtype.name] = dtype
+    return dtype
 
 
 class Cast(NamedTuple):
@@ -66,7 +142,7 @@ def parse_dtype(value: Any, what: str = "dtype", remedy: str = CONVERT) -> DType
     if isinstance(value, DType):
         return value
     name = value if isinstance(value, str) else str(value).removeprefix("torch.")
-    name = _SHORT_NAMES.get(name, name)
+    name = next((dtype.name for dtype in DTYPES.values() if name == dtype.short_name), name)
     if name not in DTYPES and value is not None:  # np.dtype(None) means float64
         try:
             name = np.dtype(value).name
@@ -90,7 +166,7 @@ def wire_dtypes(dtype: DType, wire_dtype: Any, out_dtype: DType, precision: str 
         raise OptionError(f"wire_dtype is {wire_dtype!r}, expected 'bf16' or 'fp16'; or leave it out") from None
     if wire is dtype:
         return wire, out_dtype
-    if dtype is not FLOAT32 or wire not in (BFLOAT16, FLOAT16):
+    if dtype is not FLOAT32 or not wire.carries_float32:
         raise OptionError(
             f"wire_dtype is {wire} for a layer of {dtype}, expected 'bf16' or 'fp16' for a layer of float32; "
             f"leave it out, or convert the data"

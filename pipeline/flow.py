@@ -75,7 +75,7 @@ class SourceRows(HostRows, ABC):
 
     @abstractmethod
     def read(self, first: int, piece: HostArray) -> None:
-        """Copy rows [first, first + len(piece)) to `piece`, contiguous rows of the wire's type (bfloat16 as uint16).
+        """Copy rows [first, first + len(piece)) to `piece`, contiguous rows of the wire's type (as its carrier).
         Called from any thread, for several pieces at once."""
 
 
@@ -84,7 +84,7 @@ class TargetRows(HostRows, ABC):
 
     @abstractmethod
     def write(self, first: int, piece: HostArray) -> None:
-        """Store `piece`, contiguous rows of the wire's type (bfloat16 as uint16), at rows [first, first + len(piece)).
+        """Store `piece`, contiguous rows of the wire's type (as its carrier), at rows [first, first + len(piece)).
         Called from any thread, for several pieces at once."""
 
 

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 EXPORTS = {
+    "DType",
+    "register_dtype",
     "FusedLinear",
     "GemmSigmoidScalingResidualAdd",
     "Pinned",

@@ -171,8 +171,8 @@ def _open_file(name: str, source: Source, layer: FusedLinear, dtype: DType, wire
     path = Path(name)
     if path.suffix != ".npy":
         raise OptionError(f"out {name!r} doesn't end in .npy, the only file format written; choose a name that does")
-    if dtype.name == "bfloat16":
-        raise DTypeError("a .npy file can't hold bfloat16; pass out_dtype='float32' or out_dtype='float16'")
+    if not dtype.in_numpy:
+        raise DTypeError(f"a .npy file can't hold {dtype}; pass out_dtype='float32' or out_dtype='float16'")
     if path.is_dir():
         raise OutputError(f"{path} is a directory, expected the path of a file to write")
     if os.path.lexists(path) and not overwrite:
@@ -201,16 +201,16 @@ def wrapper(source: Source, dtype: DType) -> Any:
     """The function that turns a result in its carrier type into what the caller of this source expects.
 
     Raises:
-        DTypeError: a bfloat16 NumPy result without the ml_dtypes package.
+        DTypeError: a NumPy result of a type that only the ml_dtypes package has, which isn't installed.
     """
     if source.family == "torch":
         return lambda array: host_tensor(array, dtype)
-    if dtype.name != "bfloat16":
+    if dtype.in_numpy:
         return lambda array: array
     try:
-        import ml_dtypes
-    except ImportError:
+        numpy_type = dtype.numpy_type()
+    except (ImportError, AttributeError):
         raise DTypeError(
-            "NumPy has no bfloat16 for the result; pass torch tensors, install ml_dtypes, or choose another out_dtype"
+            f"NumPy has no {dtype} for the result; pass torch tensors, install ml_dtypes, or choose another out_dtype"
         ) from None
-    return lambda array: array.view(ml_dtypes.bfloat16)
+    return lambda array: array.view(numpy_type)

@@ -177,8 +177,8 @@ def open_source(
     if source.path is not None:
         what = f"the array in {source.path}"
         remedy = f"convert the file, for example {_saved_again(source.path, layer.dtype.name)}"
-        if layer.dtype.name == "bfloat16":
-            remedy = "no .npy file can hold bfloat16; convert the weights, or pass a torch tensor"
+        if not layer.dtype.in_numpy:
+            remedy = f"no .npy file can hold {layer.dtype}; convert the weights, or pass a torch tensor"
     try:
         layer.check_dtype(source.dtype, what, remedy)
     except InputError:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.arrays import HostArray, empty_like, host_tensor, host_view, is_cuda, is_torch, shape_of, widen_bfloat16
+from pipeline.arrays import HostArray, empty_like, host_tensor, host_view, is_cuda, is_torch, shape_of
 from pipeline.dtypes import DType, parse_dtype, parse_precision
 from pipeline.errors import DTypeError, FileFormatError, InputError, OptionError, ShapeError
 from pipeline.layer.forward import (
@@ -136,8 +136,8 @@ class FusedLinear:
         """The layer of x (rows, in_features) in float64 NumPy: the one definition of right."""
         check_rows(shape_of(x, "x"), self.in_features)
         weight, bias = self.weight, self.bias
-        if self.dtype.name == "bfloat16":
-            weight, bias = widen_bfloat16(weight), None if bias is None else widen_bfloat16(bias)
+        if self.dtype.widen is not None:
+            weight, bias = self.dtype.widen(weight), None if bias is None else self.dtype.widen(bias)
         return reference(x, weight, bias, self.scaling_factor)
 
     def __call__(self, x: Any, *, out: Any = None) -> Any:
@@ -218,7 +218,7 @@ class FusedLinear:
             DTypeError: `dtype` isn't the layer's.
         """
         if dtype is not self.dtype:
-            in_numpy = "" if self.dtype.name == "bfloat16" else f".astype('{self.dtype}') in NumPy or "
+            in_numpy = f".astype('{self.dtype}') in NumPy or " if self.dtype.in_numpy else ""
             remedy = remedy or f"convert one, for example with {in_numpy}.to(torch.{self.dtype}) in torch"
             raise DTypeError(f"{what} is {dtype}, the layer's weights are {self.dtype}: {remedy}")
 
