@@ -50,8 +50,9 @@ from pipeline.errors import (
     ShapeError,
 )
 from pipeline.flow import Gather
-from pipeline.io.sinks import _memory_bytes
-from pipeline.io.sources import ArraySource, open_npy
+from pipeline.io.formats.npy import open_source as open_npy
+from pipeline.io.memory import ArraySource, memory_bytes
+from pipeline.io.registry import SourceRequest
 from pipeline.kernels.driver import count_gpus
 from pipeline.staging.native import NativeWorkers
 
@@ -424,7 +425,7 @@ def test_npy_source_survives_any_bytes(data: st.DataObject, tmp_path_factory: py
     path = tmp_path_factory.getbasetemp() / "fuzz.npy"
     path.write_bytes(content)
     try:
-        source = open_npy(path, IN)
+        source = open_npy(path, SourceRequest(IN, FLOAT32))
     except InputError as error:
         assert str(error)
     else:
@@ -1213,7 +1214,7 @@ def test_batches_that_block_for_ever_are_named(monkeypatch: pytest.MonkeyPatch) 
 def test_batches_beyond_the_memory_that_was_granted_at_first(
     memory_rows: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.io.sinks._memory_bytes", lambda: memory_rows * OUT * 4)
+    monkeypatch.setattr("pipeline.io.memory.memory_bytes", lambda: memory_rows * OUT * 4)
     with open_pipeline(devices=device) as pipeline:
         out = pipeline.run(batches_of(X, [7, 3])).out
     assert out.shape == (50, OUT) and out.flags.c_contiguous
@@ -1225,9 +1226,9 @@ def test_batches_where_address_space_is_limited() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (used + _memory_bytes() // 2, hard))
+        resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes() // 2, hard))
         with pytest.raises(MemoryError):
-            np.empty(_memory_bytes(), np.uint8)
+            np.empty(memory_bytes(), np.uint8)
         assert_same_bits(run_pipelined(LAYER, batches_of(X, [7, 3]), devices="cpu").out, LAYER(X))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
