@@ -206,7 +206,8 @@ def reserve(fd: int, path: Path, position: int, n_bytes: int) -> None:
         OutputError: there isn't as much.
     """
     try:
-        os.posix_fallocate(fd, position, n_bytes)
+        if n_bytes:  # none are an invalid argument
+            os.posix_fallocate(fd, position, n_bytes)
     except OSError as error:
         raise OutputError(
             f"can't reserve {n_bytes / GIB:.2f} GiB for {path}: {error.strerror}; free space or choose another path"
