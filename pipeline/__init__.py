@@ -33,6 +33,10 @@ from pipeline.errors import (
 if TYPE_CHECKING:
     from pipeline.api import Pipeline, Progress, Result, run_pipelined
     from pipeline.dtypes import DType, register_dtype
+    from pipeline.dtypes import parse_dtype
+    from pipeline.flow import Chunk, Feed, Sink, Source, SourceRows, Span, TargetRows
+    from pipeline.io.formats.raw import RawFile
+    from pipeline.io.registry import SinkRequest, SourceRequest, register_sink, register_source
     from pipeline.layer.linear import FusedLinear
     from pipeline.pinned import Pinned, pin
     from pipeline.report.stats import Stats
@@ -41,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chunk",
     "CompileError",
     "DType",
     "DTypeError",
@@ -48,6 +53,7 @@ __all__ = [
     "DeviceMemoryError",
     "DeviceNotFoundError",
     "DriverError",
+    "Feed",
     "FileFormatError",
     "FusedLinear",
     "GemmSigmoidScalingResidualAdd",
@@ -59,20 +65,44 @@ __all__ = [
     "Pipeline",
     "PipelineError",
     "Progress",
+    "RawFile",
     "Result",
     "ShapeError",
+    "Sink",
+    "SinkRequest",
+    "Source",
+    "SourceRequest",
+    "SourceRows",
+    "Span",
     "Stats",
+    "TargetRows",
     "TraceWarning",
     "__version__",
     "fused_gemm_sigmoid_scale_add",
+    "parse_dtype",
     "pin",
     "register_dtype",
+    "register_sink",
+    "register_source",
     "run_pipelined",
 ]
 
 _HOMES = {
     "DType": "pipeline.dtypes",
     "register_dtype": "pipeline.dtypes",
+    "Chunk": "pipeline.flow",
+    "Feed": "pipeline.flow",
+    "Sink": "pipeline.flow",
+    "Source": "pipeline.flow",
+    "SourceRows": "pipeline.flow",
+    "Span": "pipeline.flow",
+    "TargetRows": "pipeline.flow",
+    "parse_dtype": "pipeline.dtypes",
+    "RawFile": "pipeline.io.formats.raw",
+    "SinkRequest": "pipeline.io.registry",
+    "SourceRequest": "pipeline.io.registry",
+    "register_sink": "pipeline.io.registry",
+    "register_source": "pipeline.io.registry",
     "FusedLinear": "pipeline.layer.linear",
     "GemmSigmoidScalingResidualAdd": "pipeline.torch_op",
     "fused_gemm_sigmoid_scale_add": "pipeline.torch_op",

@@ -27,8 +27,9 @@ from pipeline.executor import Executor
 from pipeline.flow import Chunk, Fill, Gather, Sink, Source, Workers
 from pipeline.instrument import KEPT, KEPT_FOR_TRACE, RUN, Ceilings, Ranges, Recorder
 from pipeline.io.batches import BatchSink
-from pipeline.io.memory import ArrayRows
-from pipeline.io.sinks import open_sink, wrapper
+from pipeline.io.memory import ArrayRows, wrapper
+from pipeline.io.registry import SinkRequest, SourceRequest
+from pipeline.io.sinks import open_sink
 from pipeline.io.sources import open_source
 from pipeline.layer.linear import FusedLinear
 from pipeline.report.stats import Ends, Stats, advice, bound, ceiling_rows_per_s, comparable, mean_share, stage_stats
@@ -251,9 +252,11 @@ class Pipeline:
                 raise OptionError(f"overwrite is {overwrite!r}, expected True or False")
             if trace is not None:
                 check_trace(trace)
-            opened = open_source(source, self.layer, is_pinned=self._is_pinned)
+            layer = self.layer
+            opened = open_source(source, SourceRequest(layer.in_features, layer.dtype, self._is_pinned))
             try:
-                sink = open_sink(out, opened, self.layer, self.out_dtype, self.wire_out, overwrite)
+                request = SinkRequest(opened, layer.out_features, self.out_dtype, self.wire_out, overwrite)
+                sink = open_sink(out, request)
                 try:
                     keep = KEPT if trace is None else KEPT_FOR_TRACE
                     exact_rows_before = self._exact_rows()
@@ -288,7 +291,8 @@ class Pipeline:
         """
         with self._exclusive():
             sink = BatchSink(self.layer.out_features, self.out_dtype, self.wire_out, 2 * self.num_streams)
-            source = open_source(batches, self.layer, sink.new_batch)
+            request = SourceRequest(self.layer.in_features, self.layer.dtype, on_batch=sink.new_batch)
+            source = open_source(batches, request)
             if source.where != "batches":
                 source.close()
                 raise OptionError(f"stream() takes an iterable of batches, got one {source.kind}; use run() for it")

@@ -45,11 +45,9 @@ from pipeline.devices.sim import Hardware, SimDevice
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, Cast, DType, cast_between
 from pipeline.errors import DeviceError, DriverError
 from pipeline.executor import Executor
-from pipeline.flow import Chunk, DeviceRows, Feed, Gather, Operation, Sink, SourceRows, TargetRows
+from pipeline.flow import Chunk, DeviceRows, Feed, Gather, Operation, RangeFeed, Sink, SourceRows, TargetRows
 from pipeline.instrument import STAGES, Recorder
-from pipeline.io.memory import ArrayRows, RangeFeed
-from pipeline.io.sinks import ArraySink
-from pipeline.io.sources import ArraySource
+from pipeline.io.memory import ArrayRows, ArraySink, ArraySource
 
 SCHEDULES, BATCHES = 2_000, 8
 FAULT_SEEDS = 25
@@ -233,8 +231,9 @@ class Schedule:
 
     def batch_feed(self, sizes: list[int]) -> Feed:
         from pipeline.io.batches import BatchSource
+        from pipeline.io.registry import SourceRequest
 
-        source = BatchSource(batches_of(self.x, sizes), self.case.layer, None)
+        source = BatchSource(batches_of(self.x, sizes), SourceRequest(self.case.layer.in_features, FLOAT32))
         return source.feed(self.case.chunk_rows, self.gather(), self.case.wire)
 
     def gather(self) -> Gather:

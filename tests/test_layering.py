@@ -27,6 +27,7 @@ LEVELS = {
     "io": 6,
     "executor": 6,
     "report": 7,
+    "testing": 7,
     "tuning": 8,
     "plan": 8,
     "api": 9,

@@ -18,6 +18,7 @@ from device_tests import random_layer
 from pipeline import Pipeline
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pipeline.errors import FileFormatError, OptionError
+from pipeline.io.registry import SourceRequest
 from pipeline.io.sources import open_source
 from pipeline.plan.machine import Machine
 from pipeline.plan.predict import Job, predict
@@ -94,7 +95,8 @@ def test_plan_of_a_short_job_counts_filling_and_emptying_the_lanes() -> None:
 def test_plan_has_the_chunks_of_a_run(rows: int, gpus: int, hosts: int) -> None:
     found = predict(replace(JOB, rows=rows, gpus=gpus, hosts=hosts), H200)
     with Pipeline(random_layer(4096, 4096), devices="sim") as pipe:
-        source = open_source(np.broadcast_to(np.float32(0), (rows // hosts, 4096)), pipe.layer)
+        request = SourceRequest(4096, pipe.layer.dtype)
+        source = open_source(np.broadcast_to(np.float32(0), (rows // hosts, 4096)), request)
         assert found.chunk_rows == pipe._rows_a_chunk(source, gpus // hosts)
 
 

@@ -6,8 +6,10 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,7 @@ from pipeline.dtypes import DType, cast_between
 from pipeline.errors import InputError, PipelineError
 from pipeline.flow import BatchResult, Chunk, Feed, Fill, Gather, Sink, Source
 from pipeline.io.memory import ArrayRows
-from pipeline.layer.forward import check_rows
-from pipeline.layer.linear import FusedLinear
+from pipeline.io.registry import SourceRequest
 
 _PATIENCE_S = 5.0  # with an iterable, once the run stops
 
@@ -30,15 +31,13 @@ class BatchSource(Source):
     by the iterable as soon as the next one is asked for. At most `depth` chunks are read ahead.
     """
 
-    kind, where, rows = "iterable of batches", "batches", None
+    kind, where, gathers, rows = "iterable of batches", "batches", True, None
 
-    def __init__(
-        self, batches: Iterable[Any], layer: FusedLinear, on_batch: Callable[[int], BatchResult | None] | None
-    ) -> None:
-        self._layer, self.on_batch = layer, on_batch
+    def __init__(self, batches: Iterable[Any], request: SourceRequest) -> None:
+        self._request, self.on_batch = request, request.on_batch
         self._batches = iter(batches)
         self._first: list[Any] = []
-        self.features, self.dtype = layer.in_features, layer.dtype
+        self.features, self.dtype = request.in_features, request.dtype
         for batch in self._batches:
             self._first = [batch]
             self._check(batch, 0)
@@ -55,12 +54,12 @@ class BatchSource(Source):
         if is_cuda(batch):
             raise InputError(f"{what} is a CUDA tensor, expected host memory; pass the whole CUDA tensor as the source")
         array, dtype = host_view(batch, what)
-        check_rows(array.shape, self._layer.in_features, what)
-        self._layer.check_dtype(dtype, what)
+        self._request.check_rows(array.shape, what)
+        self._request.check_dtype(dtype, what)
         return array
 
-    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
-        return _BatchFeed(self, chunk_rows, gather, wire)
+    def feed(self, chunk_rows: int, gather: Gather, wire: DType, skip: AbstractSet[int] = frozenset()) -> Feed:
+        return _BatchFeed(self, chunk_rows, gather, wire, skip)
 
     def arrays(self) -> Iterator[HostArray]:
         """Each batch, checked, as an array."""
@@ -73,13 +72,24 @@ class BatchSource(Source):
                 break
 
 
+def open_source(value: Any, request: SourceRequest) -> Source:
+    """The source of an iterable of batches. Pulls the first one.
+
+    Raises:
+        InputError, ShapeError, DTypeError: the first batch can't be streamed. Exception: what the iterable raised.
+    """
+    if isinstance(value, GeneratorType) and value.gi_frame is None:  # it would pass for an empty dataset
+        raise InputError("source is a generator that has ended already, expected a new one for each run")
+    return BatchSource(value, request)
+
+
 @dataclass
 class _Filling:
-    """The chunk that is being gathered."""
+    """The chunk that is being gathered; into nothing where it is skipped."""
 
     index: int
     row: int
-    buffer: HostArray
+    buffer: HostArray | None
     start_s: float
     rows: int = 0
 
@@ -90,6 +100,7 @@ class _BatchFeed(Feed):
     chunk_rows: int
     gather: Gather
     wire: DType
+    skip: AbstractSet[int] = frozenset()
     _ready: queue.SimpleQueue[Chunk] = field(default_factory=queue.SimpleQueue)
     _free: queue.SimpleQueue[HostArray | None] = field(default_factory=queue.SimpleQueue)
     _error: BaseException | None = None
@@ -131,20 +142,12 @@ class _BatchFeed(Feed):
                 return None
         at = 0
         while at < len(batch):
+            filling = filling or self._begin()
             if filling is None:
-                buffer = self._buffer()
-                if buffer is None:
-                    return None
-                filling = _Filling(*self._next, buffer, time.perf_counter())
+                return None
             rows = min(len(batch) - at, self.chunk_rows - filling.rows)
-            place = filling.buffer[filling.rows : filling.rows + rows]
-            self._copying = True  # before the look at `_stopping`: stop() sets that before it looks at this
-            try:
-                if self._stopping:  # the chunk buffers may belong to the next run soon
-                    return None
-                self.gather.copy(Fill(ArrayRows(batch[at : at + rows], self._cast), 0, place))
-            finally:
-                self._copying = False
+            if filling.buffer is not None and not self._copy(batch[at : at + rows], filling.buffer[filling.rows :]):
+                return None
             filling.rows += rows
             at += rows
             if filling.rows == self.chunk_rows or (result is not None and at == len(batch)):
@@ -152,16 +155,37 @@ class _BatchFeed(Feed):
                 filling = None
         return filling
 
+    def _begin(self) -> _Filling | None:
+        """The next chunk, empty; None once the run stops."""
+        index, row = self._next
+        if index in self.skip:
+            return _Filling(index, row, None, 0.0)
+        buffer = self._buffer()
+        return None if buffer is None else _Filling(index, row, buffer, time.perf_counter())
+
+    def _copy(self, rows: HostArray, place: HostArray) -> bool:
+        """Copy rows to the beginning of `place`; False where the run has stopped instead."""
+        self._copying = True  # before the look at `_stopping`: stop() sets that before it looks at this
+        try:
+            if self._stopping:  # the chunk buffers may belong to the next run soon
+                return False
+            self.gather.copy(Fill(ArrayRows(rows, self._cast), 0, place[: len(rows)]))
+            return True
+        finally:
+            self._copying = False
+
     def _emit(self, filling: _Filling, batch: BatchResult | None = None, batch_row: int = 0) -> None:
-        rows = ArrayRows(filling.buffer[: filling.rows])
         self._next = (filling.index + 1, filling.row + filling.rows)
         buffer = filling.buffer
+        if buffer is None:
+            self.skipped_rows += filling.rows
+            return
         self._ready.put(
             Chunk(
                 filling.index,
                 filling.row,
                 filling.rows,
-                rows,
+                ArrayRows(buffer[: filling.rows]),
                 release=lambda: self._free.put(buffer),
                 filled=(filling.start_s, time.perf_counter()),
                 batch=batch,
@@ -221,7 +245,7 @@ class BatchSink(Sink):
 
     def __init__(self, out_features: int, dtype: DType, wire: DType, limit: int) -> None:
         self._features, self._dtype, self._limit = out_features, dtype, limit
-        self._cast = cast_between(wire, dtype)
+        self.cast = cast_between(wire, dtype)
         self._changed = threading.Condition()
         self._batches: deque[BatchResult] = deque()
         self._stopped = False
@@ -243,7 +267,7 @@ class BatchSink(Sink):
         if chunk.batch is None:
             raise PipelineError("a stream's chunk belongs to no batch")
         rows = chunk.batch.array[chunk.batch_row : chunk.batch_row + chunk.rows]
-        return ArrayRows(rows, self._cast, fresh=True)
+        return ArrayRows(rows, self.cast, fresh=True)
 
     def stop(self) -> None:
         with self._changed:

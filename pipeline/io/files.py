@@ -1,29 +1,21 @@
-"""Rows that lie in files, read with preadv and written with pwrite: no page of them is mapped.
-
-That goes for np.memmap arrays too, through a descriptor of our own of the file behind them (`open_map`). Storing
-through a map ends the process (SIGBUS) where the disk is full or the file was cut, and pages that are read through one
-count as the process's memory. Both ways meet in the system's page cache: what one writes, the other reads.
-"""
+"""Rows that lie in files, read with preadv and written with pwrite: no page of them is mapped."""
 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from pipeline.arrays import HostArray, address_of, convert
+from pipeline.arrays import HostArray, convert
 from pipeline.config import GIB
 from pipeline.dtypes import Cast, DType, cast_between
-from pipeline.errors import FileFormatError, OutputError
-from pipeline.flow import Chunk, Feed, Gather, PlainRows, Sink, Source, SourceRows, TargetRows
-from pipeline.io.memory import RangeFeed
+from pipeline.errors import FileFormatError, InputError, OutputError
+from pipeline.flow import PlainRows, Source, SourceRows, Span, TargetRows
 
 
 @dataclass(frozen=True)
@@ -151,53 +143,60 @@ def _bytes(array: HostArray) -> memoryview:
 
 
 class FileSource(Source):
-    """Rows of an open file, which it closes. `array` is the map of them that the caller passed, if that is one."""
+    """Rows of an open file, which it closes. `path` is where it was opened, if it was given as a path."""
 
     where = "file"
 
     def __init__(
-        self, kind: str, layout: FileLayout, shape: tuple[int, int], dtype: DType, array: HostArray | None = None
+        self, kind: str, layout: FileLayout, shape: tuple[int, int], dtype: DType, path: Path | None = None
     ) -> None:
-        self.kind, self.layout, self.dtype, self.array = kind, layout, dtype, array
-        self.rows, self.features = shape
-        self._fd = layout.fd
+        self.kind, self.dtype, self.path, self._layout = kind, dtype, path, layout
+        self.rows: int = shape[0]
+        self.features = shape[1]
+        self._open_fd = layout.fd
 
-    def feed(self, chunk_rows: int, gather: Gather, wire: DType) -> Feed:
-        cast = cast_between(self.dtype, wire)
-        return RangeFeed(self.rows or 0, chunk_rows, lambda row, n: FileRows(self.layout, row, cast))
+    def rows_at(self, row: int, count: int, wire: DType) -> FileRows:
+        return FileRows(self._layout, row, cast_between(self.dtype, wire))
 
-    @property
-    def span(self) -> tuple[int, int]:
-        """The positions in the file of the first byte and the one after the last."""
-        (row, column), first = self.layout.strides, self.layout.position
-        last = first + ((self.rows or 0) - 1) * row + (self.features - 1) * column
-        return first, last + self.dtype.itemsize
+    def spans(self) -> tuple[Span, ...]:
+        (row, column), first = self._layout.strides, self._layout.position
+        last = first + (self.rows - 1) * row + (self.features - 1) * column
+        return (Span(first, last + self.dtype.itemsize, file_id(self._layout.fd)),)
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._open_fd >= 0:
+            os.close(self._open_fd)
+            self._open_fd = -1
 
 
-class MapSink(Sink):
-    """The file behind a writable np.memmap of the caller's, who finds the rows in the map."""
+def file_id(fd: int) -> tuple[int, int]:
+    """The device and inode number of an open file: which file it is, whatever its name."""
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
-    where = "file"
 
-    def __init__(self, value: Any, layout: FileLayout, cast: Cast | None) -> None:
-        self._value, self._layout, self._cast, self._fd = value, layout, cast, layout.fd
+def open_regular(path: Path, expected: str) -> int:
+    """Open a file for reading. Returns its descriptor.
 
-    def target(self, chunk: Chunk) -> FileRows:
-        return FileRows(self._layout, chunk.row, self._cast)
+    Raises:
+        InputError: something else than a file, where a message says what was `expected`.
+        FileNotFoundError, PermissionError: from opening it.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: that would wait for a pipe's writer
+        raise InputError(f"source {str(path)!r} isn't a regular file, expected {expected}")
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def finish(self, rows: int) -> Any:
-        self.abort()
-        return self._value
 
-    def abort(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+def check_size(fd: int, path: Path, expected: int, promise: str, remedy: str) -> None:
+    """Check the bytes of an open file; `promise` is who says how many there should be.
+
+    Raises:
+        FileFormatError: it has more or fewer.
+    """
+    size = os.fstat(fd).st_size
+    if size != expected:
+        state = "truncated" if size < expected else "followed by other data"
+        raise FileFormatError(f"{path} is {state}: {size} bytes, {promise}; {remedy}")
 
 
 def reserve(fd: int, path: Path, position: int, n_bytes: int) -> None:
@@ -207,86 +206,9 @@ def reserve(fd: int, path: Path, position: int, n_bytes: int) -> None:
         OutputError: there isn't as much.
     """
     try:
-        os.posix_fallocate(fd, position, n_bytes)
+        if n_bytes:  # none are an invalid argument
+            os.posix_fallocate(fd, position, n_bytes)
     except OSError as error:
         raise OutputError(
             f"can't reserve {n_bytes / GIB:.2f} GiB for {path}: {error.strerror}; free space or choose another path"
         ) from error
-
-
-# -- what is behind a map ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MappedFile:
-    """The open file behind an array, and the positions in it of the array's first byte and the one after its last."""
-
-    fd: int
-    path: Path
-    low: int
-    high: int
-
-    def layout(self, array: HostArray, *, reads: bool = True) -> FileLayout:
-        """Where the array's rows lie in it; `reads`: to be read, not written."""
-        first = self.low + address_of(array) - np.lib.array_utils.byte_bounds(array)[0]
-        return FileLayout.like(self.fd, self.path, first, array, reads=reads)
-
-
-def memmap_of(array: HostArray) -> np.memmap[Any, Any] | None:
-    """The np.memmap that an array is or is a view of; None for other memory."""
-    owner: Any = array
-    while isinstance(owner, np.ndarray) and not isinstance(owner.base, mmap.mmap):
-        owner = owner.base
-    return owner if isinstance(owner, np.memmap) else None
-
-
-def open_map(array: HostArray, flags: int = os.O_RDONLY) -> MappedFile | None:
-    """Open the file behind a view of an np.memmap, whatever its name has become; None where it isn't found.
-
-    The map itself holds a descriptor of its file. The one that has the map's inode is opened again, and is the right
-    one if a page mapped from it shows the same device and inode in the system's list.
-    """
-    low, high = np.lib.array_utils.byte_bounds(array)
-    mapped = _mapped_at(low)
-    if mapped is None:
-        return None
-    file, position = mapped
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            status = os.fstat(int(name))
-            if not stat.S_ISREG(status.st_mode) or str(status.st_ino) != file[1]:
-                continue
-            path = Path(os.readlink(f"/proc/self/fd/{name}"))
-            fd = os.open(f"/proc/self/fd/{name}", flags | os.O_CLOEXEC)
-        except OSError:  # another thread has closed it, or it may not be opened so
-            continue
-        if _is_file(fd, file):
-            return MappedFile(fd, path, position, position + high - low)
-        os.close(fd)
-    return None
-
-
-def _is_file(fd: int, file: tuple[str, str]) -> bool:
-    """NOTE: fstat's device isn't the one of the list on Btrfs and overlay file systems. A map of it gives the same."""
-    try:
-        with mmap.mmap(fd, 1, prot=mmap.PROT_READ) as page:
-            page_bytes = np.frombuffer(page, np.uint8)
-            mapped = _mapped_at(address_of(page_bytes))
-            del page_bytes  # which the map can't be closed before
-    except (OSError, ValueError):
-        return False
-    return mapped is not None and mapped[0] == file
-
-
-def _mapped_at(address: int) -> tuple[tuple[str, str], int] | None:
-    """The file that is mapped at an address, as device and inode, and the position there. Format: proc(5)."""
-    try:
-        with open("/proc/self/maps") as lines:
-            for line in lines:
-                span, _, offset, device, inode = line.split(maxsplit=5)[:5]
-                first, end = (int(bound, 16) for bound in span.split("-"))
-                if first <= address < end:
-                    return (device, inode), int(offset, 16) + address - first
-    except OSError:
-        pass
-    return None

@@ -115,6 +115,18 @@ def check_rows(shape: tuple[int, ...], in_features: int, what: str = "x", exampl
         )
 
 
+def check_dtype(dtype: DType, expected: DType, what: str = "x", remedy: str = "") -> None:
+    """Check the element type of rows against the layer's; `remedy` is what the message says to do.
+
+    Raises:
+        DTypeError: `dtype` isn't the expected one.
+    """
+    if dtype is not expected:
+        in_numpy = f".astype('{expected}') in NumPy or " if expected.in_numpy else ""
+        remedy = remedy or f"convert one, for example with {in_numpy}.to(torch.{expected}) in torch"
+        raise DTypeError(f"{what} is {dtype}, the layer's weights are {expected}: {remedy}")
+
+
 def check_weights(
     weight_shape: tuple[int, ...],
     bias_shape: tuple[int, ...] | None,

@@ -17,6 +17,7 @@ from pipeline.errors import DTypeError, FileFormatError, InputError, OptionError
 from pipeline.layer.forward import (
     HostWeights,
     SplitLaunch,
+    check_dtype,
     check_gpu_out,
     check_out,
     check_rows,
@@ -217,10 +218,7 @@ class FusedLinear:
         Raises:
             DTypeError: `dtype` isn't the layer's.
         """
-        if dtype is not self.dtype:
-            in_numpy = f".astype('{self.dtype}') in NumPy or " if self.dtype.in_numpy else ""
-            remedy = remedy or f"convert one, for example with {in_numpy}.to(torch.{self.dtype}) in torch"
-            raise DTypeError(f"{what} is {dtype}, the layer's weights are {self.dtype}: {remedy}")
+        check_dtype(dtype, self.dtype, what, remedy)
 
     def host_weights(self) -> HostWeights:
         """The weights as the CPU computes with them, made once."""

@@ -11,9 +11,8 @@ from pipeline.config import Staging
 from pipeline.devices.sim import Engine, Hardware, SimDevice
 from pipeline.dtypes import DType
 from pipeline.executor import Executor
-from pipeline.flow import Chunk, DeviceRows, Job, Operation, Sink, SourceRows, TargetRows
+from pipeline.flow import Chunk, DeviceRows, Job, Operation, RangeFeed, Sink, SourceRows, TargetRows
 from pipeline.instrument import Recorder
-from pipeline.io.memory import RangeFeed
 from pipeline.report.stats import stage_stats
 
 _CHUNKS, _PIECES = 240, 8_000  # simulated at most, but for as many chunks as it takes to fill and empty the lanes

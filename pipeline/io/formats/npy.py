@@ -1,126 +1,124 @@
-"""Files in NumPy's .npy format as sinks."""
+"""Files in NumPy's .npy format: numpy.lib.format describes it."""
 
 from __future__ import annotations
 
-import errno
+import io
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.dtypes import DType, cast_between
-from pipeline.errors import OutputError, OutputExistsError
-from pipeline.flow import Chunk, Sink
-from pipeline.io.files import FileLayout, FileRows, disk_error, reserve
+import numpy as np
 
+from pipeline.dtypes import DType, parse_dtype
+from pipeline.errors import DTypeError, FileFormatError
+from pipeline.flow import Sink, Source
+from pipeline.io.atomic_file import AtomicFileSink, check_path
+from pipeline.io.files import FileLayout, FileSource, check_size, open_regular
+from pipeline.io.registry import SinkRequest, SourceRequest
+
+_MAX_HEADER_BYTES = 16_384  # NumPy reads no header of more than 10,000 characters
 _HEADER_BYTES = 128  # of the files written
 
 
-def _npy_header(shape: tuple[int, int], dtype: DType) -> bytes:
-    """A version 1.0 header of 128 bytes for any number of rows, so that it can be written again at the end.
+@dataclass(frozen=True)
+class Header:
+    """What a file's header says, and how many bytes it takes."""
 
-    Format: numpy.lib.format.
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    length: int
+
+
+def read_header(path: Path, fd: int) -> Header:
+    """The header of an open file.
+
+    Raises:
+        FileFormatError: it isn't one.
     """
+    head = io.BytesIO(os.pread(fd, _MAX_HEADER_BYTES, 0))
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        version = np.lib.format.read_magic(head)
+        if version not in readers:
+            raise ValueError(f"format version {version}")
+        shape, fortran, dtype = readers[version](head)
+    except Exception as error:  # NumPy's parser lets many kinds through: TokenError, RecursionError, TypeError, ...
+        raise FileFormatError(f"{path} isn't a readable .npy file: {error}; write it with np.save") from error
+    return Header(shape, fortran, dtype, head.tell())
+
+
+def header_bytes(shape: tuple[int, int], dtype: DType) -> bytes:
+    """A version 1.0 header of 128 bytes for any number of rows, so that it can be written again at the end."""
     fields = f"{{'descr': '{dtype.carrier.str}', 'fortran_order': False, 'shape': ({shape[0]}, {shape[1]}), }}"
     return b"\x93NUMPY\x01\x00" + (_HEADER_BYTES - 10).to_bytes(2, "little") + fields.ljust(117).encode() + b"\n"
 
 
-class NpyFileSink(Sink):
-    """A new .npy file. It is written beside its path as `<name>.partial` and renamed when it is complete."""
+class NpySource(FileSource):
+    """The rows of a .npy file. Fortran order and foreign byte order are converted while they are read."""
 
-    where = "file"
+    path: Path
 
-    def __init__(
-        self, path: Path, rows: int | None, out_features: int, dtype: DType, wire: DType, overwrite: bool
-    ) -> None:
-        self._cast = cast_between(wire, dtype)
-        self._path, self._shape, self._dtype, self._overwrite = path, (rows, out_features), dtype, overwrite
-        self._partial = path.with_name(path.name + ".partial")
-        self._keep = False
-        try:
-            self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except FileExistsError:
-            raise OutputExistsError(
-                f"{self._partial} exists: another run is writing {path.name}, or one was killed; remove it if none is"
-            ) from None
-        except OSError as error:
-            raise OutputError(
-                f"can't write {path}: no file can be made in its folder ({error.strerror}); choose a path that can be "
-                f"written"
-            ) from error
-        self._rows = FileLayout.in_order(self._fd, path, _HEADER_BYTES, out_features, dtype.itemsize, reads=False)
-        try:
-            reserve(self._fd, path, 0, _HEADER_BYTES + (rows or 0) * self._rows.strides[0])
-            self._write_header(rows or 0)
-        except BaseException:
-            self.abort()
-            raise
-
-    def _write_header(self, rows: int) -> None:
-        try:
-            os.pwrite(self._fd, _npy_header((rows, self._shape[1]), self._dtype), 0)
-        except OSError as error:
-            raise disk_error(error, self._path) from error
-
-    def target(self, chunk: Chunk) -> FileRows:
-        return FileRows(self._rows, chunk.row, self._cast)
-
-    def finish(self, rows: int) -> Path:
-        self._write_header(rows)
-        try:
-            os.fsync(self._fd)
-            if self._overwrite:
-                os.replace(self._partial, self._path)
-            else:
-                _rename_without_replacing(self._partial, self._path)
-            _sync_folder(self._path.parent)
-        except FileExistsError:
-            self._keep = True
-            raise OutputExistsError(
-                f"{self._path} appeared during the run and was left as it is; the result is complete in "
-                f"{self._partial}: move it to where it should be"
-            ) from None
-        except OSError as error:
-            raise disk_error(error, self._path) from error
-        os.close(self._fd)
-        self._fd = -1
-        return self._path
-
-    def abort(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-            if not self._keep:
-                self._partial.unlink(missing_ok=True)
+    def conversion(self, dtype: DType) -> str:
+        if not dtype.in_numpy:
+            return f"no .npy file can hold {dtype}; convert the weights, or pass a torch tensor"
+        return f"convert the file, for example {_saved_again(self.path, dtype.name)}"
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's entries on disk, so that a new name outlives a loss of power. Where a file system can't or the
-    folder may not be read, the system does it in its own time."""
-    try:
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)
-
-
-def _rename_without_replacing(old: Path, new: Path) -> None:
-    """Give a file its final name.
+def open_source(value: Any, request: SourceRequest) -> Source:
+    """The source of the .npy file at a path.
 
     Raises:
-        FileExistsError: `new` exists.
+        FileNotFoundError, PermissionError: from opening it.
+        FileFormatError: not a .npy file, object elements, or its size isn't what the header says.
+        InputError, ShapeError, DTypeError
     """
+    path = Path(value)
+    fd = open_regular(path, "a .npy file")
     try:
-        os.link(old, new)  # unlike rename, never replaces a file that appeared meanwhile
-    except FileExistsError:
+        return _source(fd, path, request)
+    except BaseException:
+        os.close(fd)
         raise
-    except OSError:  # no hard links here: FAT, some network file systems
-        if os.path.lexists(new):
-            raise FileExistsError(f"{new} exists") from None
-        os.rename(old, new)
-    else:
-        os.unlink(old)
+
+
+def _source(fd: int, path: Path, request: SourceRequest) -> NpySource:
+    header = read_header(path, fd)
+    dtype = header.dtype
+    if dtype.hasobject:
+        raise FileFormatError(
+            f"{path} holds Python objects, expected floating-point numbers; convert and save it again"
+        )
+    converted = f"convert the file, for example {_saved_again(path, 'float32')}"
+    element = parse_dtype(dtype.newbyteorder("="), f"the element type of {path}", converted)
+    request.check_rows(header.shape, f"the array in {path}", _saved_again(path, request.in_features))
+    rows, features = header.shape
+    expected = header.length + rows * features * dtype.itemsize
+    promise = f"its header promises {expected} for shape {header.shape}"
+    check_size(fd, path, expected, promise, "copy or save it again")
+    strides = (dtype.itemsize, rows * dtype.itemsize) if header.fortran else (features * dtype.itemsize, dtype.itemsize)
+    plain = not header.fortran and dtype.isnative
+    layout = FileLayout(fd, path, header.length, strides, dtype.itemsize, swapped=not dtype.isnative, plain=plain)
+    kind = ".npy file in Fortran order" if header.fortran else ".npy file"
+    return NpySource(kind, layout, (rows, features), element, path)
+
+
+def _saved_again(path: Path, change: str | int) -> str:
+    """What saves a file's array with another element type, or with so many features a row."""
+    change = f"astype('{change}')" if isinstance(change, str) else f"reshape(-1, {change})"
+    return f"np.save('new.npy', np.load('{path}').{change})"
+
+
+def open_sink(out: Any, request: SinkRequest) -> Sink:
+    """The sink that writes a new .npy file at a path.
+
+    Raises:
+        DTypeError: the format has no such element type.
+        OutputError, OutputExistsError: no file may be made there.
+    """
+    dtype, features = request.dtype, request.out_features
+    if not dtype.in_numpy:
+        raise DTypeError(f"a .npy file can't hold {dtype}; pass out_dtype='float32' or out_dtype='float16'")
+    path = check_path(os.fspath(out), request)
+    return AtomicFileSink(path, request, lambda rows: header_bytes((rows, features), dtype))
