@@ -311,7 +311,7 @@ def load_script() -> Any:
 PLAN_ERRORS = load_script()
 CASES = PLAN_ERRORS.all_cases()
 # Runs of which a plan is off by more than a tenth, with the shipped rates and with its record's own, and by how much:
-# see profiles/README.md.
+# see profiles/plan/README.md.
 KNOWN_ERRORS = {
     "stream-fp32-h200-1228: array to array": (0.24, 0.22),  # something disturbed this run: 26 to 46 GB/s
     "stream-fp32-h200-1228: array to array, torch's small pages": (0.22, 0.20),
@@ -351,7 +351,7 @@ def test_plan_is_within_ten_percent_of_what_was_measured_or_off_as_known(
     error = found.rows_per_s / case.rows_per_s - 1
     if case.name in KNOWN_ERRORS:
         known = KNOWN_ERRORS[case.name][rates == "own"]
-        assert error == pytest.approx(known, abs=0.01), "say the new one in profiles/README.md, too"
+        assert error == pytest.approx(known, abs=0.01), "say the new one in profiles/plan/README.md, too"
     else:
         assert abs(error) <= 0.10, found.lines()
 
