@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from bench_common import ROOT, output_of
+from benches.common import ROOT, output_of
 
 SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 PACKAGES = ("torch", "numpy", "cuda-core", "cuda-bindings", "cuda-toolkit", "nvidia-cuda-nvrtc", "nvtx", "pytest")

@@ -124,8 +124,7 @@ def all_cases(folder: Path = ROOT / "profiles") -> list[Case]:
         if not isinstance(document, dict) or document.get("bench") not in ("stream", "plan", "file"):
             continue
         if all(gpu.startswith("NVIDIA H200") for gpu in document["context"]["gpus"]):
-            name = path.relative_to(folder).with_suffix("")
-            cases += [replace(case, name=f"{name}: {case.name}") for case in measured_cases(document)]
+            cases += [replace(case, name=f"{path.stem}: {case.name}") for case in measured_cases(document)]
     return cases
 
 

@@ -1,4 +1,4 @@
-"""Checks an installed wheel: the CUDA sources and the copy workers are inside it, a kernel compiles, a job is right."""
+"""Checks an installed wheel: the CUDA sources and the copy workers are inside it, a kernel compiles, a run is right."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_native() -> str:
     return workers.description
 
 
-def check_job() -> str:
+def check_run() -> str:
     random = np.random.default_rng()
     weight, bias = random.standard_normal((96, 64), np.float32), random.standard_normal(96, np.float32)
     layer = pipeline.FusedLinear(weight, bias, scaling_factor=2.0)
@@ -50,8 +50,8 @@ def check_job() -> str:
         pipeline.run_pipelined(layer, source, out, chunk_rows=512)
         difference = float(np.abs(np.load(out) - layer.reference(x)).max())
     if not difference < 1e-3:
-        raise SystemExit(f"error: the job's result is {difference} away from the reference")
-    return f"a job from file to file is right (largest difference {difference:.1e})"
+        raise SystemExit(f"error: the result is {difference} away from the reference")
+    return f"a run from file to file is right (largest difference {difference:.1e})"
 
 
 def check_plan() -> str:
@@ -61,5 +61,5 @@ def check_plan() -> str:
 
 
 if __name__ == "__main__":
-    for check in (check_sources, check_compile, check_native, check_job, check_plan):
+    for check in (check_sources, check_compile, check_native, check_run, check_plan):
         print(f"wheel: {check()}")

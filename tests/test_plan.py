@@ -313,16 +313,16 @@ def load_script() -> Any:
 PLAN_ERRORS = load_script()
 CASES = PLAN_ERRORS.all_cases()
 # Runs of which a plan is off by more than a tenth, with the shipped rates and with its record's own, and by how much:
-# see profiles/README.md.
+# see profiles/plan/README.md.
 KNOWN_ERRORS = {
-    "bench/stream-fp32-h200-1228: array to array": (0.24, 0.22),  # something disturbed this run: 26 to 46 GB/s
-    "bench/stream-fp32-h200-1228: array to array, torch's small pages": (0.22, 0.20),
-    "bench/stream-fp32-h200-1228: array to fresh": (-0.12, -0.12),
-    "bench/stream-fp32-h200-1228: pinned to pinned, 1,024 rows": (0.20, None),
-    "bench/stream-gpus-h200: array to array, wire_dtype bf16, 1 GPU": (-0.12, -0.12),  # 16 workers on 32 cores
-    "bench/stream-file-h200: file to pinned, .npy to pinned": (-0.12, -0.12),
-    "bench/stream-shapes-h200: 1024 -> 8192, array to array, ordinary memory": (0.16, None),
-    "bench/stream-shapes-h200: 512 -> 512, array to array, ordinary memory": (0.14, 0.07),
+    "stream-fp32-h200-1228: array to array": (0.24, 0.22),  # something disturbed this run: 26 to 46 GB/s
+    "stream-fp32-h200-1228: array to array, torch's small pages": (0.22, 0.20),
+    "stream-fp32-h200-1228: array to fresh": (-0.12, -0.12),
+    "stream-fp32-h200-1228: pinned to pinned, 1,024 rows": (0.20, None),
+    "stream-gpus-h200: array to array, wire_dtype bf16, 1 GPU": (-0.12, -0.12),  # 16 workers on 32 cores
+    "stream-file-h200: file to pinned, .npy to pinned": (-0.12, -0.12),
+    "stream-shapes-h200: 1024 -> 8192, array to array, ordinary memory": (0.16, None),
+    "stream-shapes-h200: 512 -> 512, array to array, ordinary memory": (0.14, 0.07),
 }
 
 
@@ -333,8 +333,8 @@ def test_plan_is_compared_with_every_kind_of_run_in_the_records() -> None:
         for run in ("pinned to pinned", "array to array", "array to array, torch's small pages",
                     "array to array, wire_dtype bf16", "array to fresh", "pinned to pinned, 1,024 rows",
                     "array to array, 1,024 rows"):  # fmt: skip
-            assert f"bench/{record}: {run}" in names
-    assert "bench/file-h200: file to file" in names
+            assert f"{record}: {run}" in names
+    assert "file-h200: file to file" in names
 
 
 @pytest.mark.parametrize(
@@ -353,13 +353,13 @@ def test_plan_is_within_ten_percent_of_what_was_measured_or_off_as_known(
     error = found.rows_per_s / case.rows_per_s - 1
     if case.name in KNOWN_ERRORS:
         known = KNOWN_ERRORS[case.name][rates == "own"]
-        assert error == pytest.approx(known, abs=0.01), "say the new one in profiles/README.md, too"
+        assert error == pytest.approx(known, abs=0.01), "say the new one in profiles/plan/README.md, too"
     else:
         assert abs(error) <= 0.10, found.lines()
 
 
 def test_plan_of_runs_with_a_recorded_bus_uses_it() -> None:
     own = {case.name: case.own for case in CASES}
-    machine = own["bench/stream-h200: pinned to pinned"]
+    machine = own["stream-h200: pinned to pinned"]
     assert machine.duplex_gb_per_s["1"] == pytest.approx(8589934592 / 0.17208 / 1e9, rel=1e-3)
     assert replace(machine, duplex_gb_per_s=H200.duplex_gb_per_s) == H200

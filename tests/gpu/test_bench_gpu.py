@@ -21,6 +21,7 @@ SMALL = {
     "launch": ("--rounds", "1", "--calls", "20"),
     "stream": ("--gib", "0.05", "--features", "512", "--rounds", "1", "--quick"),
     "file": ("--gib", "0.05", "--features", "512"),
+    "versions": ("--against", str(ROOT), "--features", "512", "--rows", "256", "--gib", "0.05", "--rounds", "2"),
 }
 
 

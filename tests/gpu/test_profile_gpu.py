@@ -21,7 +21,7 @@ if not count_gpus():
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("H2D", "kernel", "D2H")
-JOB = [sys.executable, str(ROOT / "scripts" / "capture"), "job", "--features", "4096", "--precision", "fp32"]
+JOB = [sys.executable, str(ROOT / "scripts" / "capture"), "run", "--features", "4096", "--precision", "fp32"]
 # Of each operation the record counts some microseconds more: from its being due to its start, and from its end to the
 # event's. Under nsys they are 16 for a kernel and 7 to 15 for a copy (H100), so operations here are long.
 LONG = ["--chunk-rows", "8192", "--gib", "2"]

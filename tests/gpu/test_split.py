@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from bench_errors import BIASED, DATA, errors, problem, product
+from benches.errors import BIASED, DATA, errors, problem, product
 
 from pipeline import FusedLinear, Pipeline, fused_gemm_sigmoid_scale_add
 from pipeline.devices.cuda import CudaDevice, count_gpus

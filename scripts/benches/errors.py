@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from bench_common import context, write_json
+from benches.case import GPU, Outcome
 
 IN_FEATURES = (8, 32, 64, 100, 128, 256, 512, 1024, 2048, 8192, 65536)
 SIZES = ((256, 512), (1024, 1024))  # rows, out_features: the vendor splits small products' sums finely
@@ -101,42 +100,46 @@ def layer_differences(precision: str) -> tuple[float, float]:
     return difference.max().item(), (difference / (1e-4 + 1e-4 * expected.abs())).max().item()
 
 
-def bench_errors(arguments: argparse.Namespace) -> int:
+def compare(kind: str, rows: int, out_features: int, in_features: int) -> dict[str, Any]:
+    """Errors of cuBLAS's fp32, ours as fp32 and ours as ieee for one problem."""
     import torch
 
-    if not torch.cuda.is_available():
-        print("scripts/bench errors needs a GPU, and torch sees none here", file=sys.stderr)
-        return 1
-    torch.set_float32_matmul_precision("highest")
-    results: list[dict[str, Any]] = []
-    print("error against float64, Frobenius and worst element's: cuBLAS fp32, ours as fp32, ours as ieee; fp32's ratio")
-    for rows, out_features in SIZES[: 1 if arguments.smoke else None]:
-        for kind in DATA:
-            for in_features in arguments.in_features or IN_FEATURES[: 2 if arguments.smoke else None]:
-                torch.manual_seed(in_features)
-                x, w = problem(kind, rows, out_features, in_features)
-                found = {"cuBLAS": errors(x @ w.T, x, w)}
-                found |= {name: errors(product(x, w, name), x, w) for name in ("fp32", "ieee")}
-                sizes = {"rows": rows, "out_features": out_features, "in_features": in_features}
-                results.append({"data": kind, **sizes, "frobenius, worst": found})
-                columns = [" ".join(f"{found[name][i]:.1e}" for name in found) for i in range(2)]
-                ratios = [ours / vendors for ours, vendors in zip(found["fp32"], found["cuBLAS"], strict=True)]
-                shown = f"{columns[0]} {ratios[0]:5.2f}  {columns[1]} {ratios[1]:5.2f}"
-                print(f"{kind:24} {rows:5} x {out_features} x {in_features:<6} {shown}", flush=True)
-    if not arguments.smoke:
-        for name in ("eager", "fp32", "ieee"):
+    torch.manual_seed(in_features)
+    x, w = problem(kind, rows, out_features, in_features)
+    found = {"cuBLAS": errors(x @ w.T, x, w)}
+    found |= {name: errors(product(x, w, name), x, w) for name in ("fp32", "ieee")}
+    columns = [" ".join(f"{found[name][i]:.1e}" for name in found) for i in range(2)]
+    ratios = [ours / vendors for ours, vendors in zip(found["fp32"], found["cuBLAS"], strict=True)]
+    shown = f"{columns[0]} {ratios[0]:5.2f}  {columns[1]} {ratios[1]:5.2f}"
+    print(f"{kind:24} {rows:5} x {out_features} x {in_features:<6} {shown}", flush=True)
+    sizes = {"rows": rows, "out_features": out_features, "in_features": in_features}
+    return {"data": kind, **sizes, "frobenius, worst": found}
+
+
+class Errors:
+    name = "errors"
+    about = "errors of fp32 products against float64, beside cuBLAS's"
+    needs = (GPU,)
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--in-features", type=int, action="append", help="repeatable; default 8 to 65536")
+        parser.add_argument("--smoke", action="store_true", help="a few, to see that it runs")
+
+    def measure(self, options: argparse.Namespace) -> Iterator[Outcome]:
+        import torch
+
+        torch.set_float32_matmul_precision("highest")
+        results: list[dict[str, Any]] = []
+        print(
+            "error against float64, Frobenius and worst element's: cuBLAS fp32, ours as fp32, ours as ieee; "
+            "fp32's ratio"
+        )
+        for rows, out_features in SIZES[: 1 if options.smoke else None]:
+            for kind in DATA:
+                all_sizes = options.in_features or IN_FEATURES[: 2 if options.smoke else None]
+                results += [compare(kind, rows, out_features, in_features) for in_features in all_sizes]
+        for name in () if options.smoke else ("eager", "fp32", "ieee"):
             worst, share = layer_differences(name)
             results.append({"data": "KernelBench", "precision": name, "worst": worst, "share_of_allowed": share})
             print(f"the KernelBench problem, {name}: worst difference {worst:.1e}, {share:.1%} of what is allowed")
-    write_json(
-        arguments.json, {"bench": "errors", "context": context(), "torch": torch.__version__, "results": results}
-    )
-    return 0
-
-
-def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("errors", help="errors of fp32 products against float64, beside cuBLAS's")
-    parser.add_argument("--json", metavar="FILE", help="write results and context there")
-    parser.add_argument("--in-features", type=int, action="append", help="repeatable; default 8 to 65536")
-    parser.add_argument("--smoke", action="store_true", help="a few, to see that it runs")
-    parser.set_defaults(run=bench_errors)
+        yield Outcome(results, facts={"torch": torch.__version__})

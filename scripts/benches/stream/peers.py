@@ -1,19 +1,20 @@
-"""What people write instead, host to host through torch's own layer, and the bus's bare ceiling.
+"""What people write instead, host to host through torch's own layer.
 
 Every recipe is a function of the source x and the result y, torch tensors on the host, and the layer on the GPU.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-COPY_BYTES = 64 * 2**20
+Forward = Callable[[Any], Any]
 
 
-def torch_layer(torch: Any, layer: Any) -> Callable[[Any], Any]:
+def torch_layer(layer: Any) -> Forward:
     """The layer as torch code runs it: a linear layer with bias, in tf32 if ours is, then two elementwise kernels."""
+    import torch
+
     torch.backends.cuda.matmul.allow_tf32 = layer.precision == "tf32"
     weight, bias = torch.from_numpy(layer.weight).cuda(), torch.from_numpy(layer.bias).cuda()
 
@@ -24,42 +25,22 @@ def torch_layer(torch: Any, layer: Any) -> Callable[[Any], Any]:
     return forward
 
 
-def bare_copies(torch: Any, x: Any, y: Any) -> float:
-    """Seconds of nothing but copies of pinned x to the GPU and of y back, both at once: the ceiling of any recipe."""
-    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-
-    def buffers(host: Any) -> tuple[int, list[Any]]:
-        rows = min(len(host), max(1, COPY_BYTES // (host.shape[1] * host.element_size())))
-        return rows, [torch.empty_like(host[:rows], device="cuda") for _ in range(2)]
-
-    (rows_in, device_in), (rows_out, device_out) = buffers(x), buffers(y)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for i in range(max(-(-len(x) // rows_in), -(-len(y) // rows_out))):
-        part = x[i * rows_in : (i + 1) * rows_in]
-        with torch.cuda.stream(streams[0]):
-            device_in[i % 2][: len(part)].copy_(part, non_blocking=True)
-        part = y[i * rows_out : (i + 1) * rows_out]
-        with torch.cuda.stream(streams[1]):
-            part.copy_(device_out[i % 2][: len(part)], non_blocking=True)
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def naive_loop(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows: int) -> None:
+def naive_loop(forward: Forward, x: Any, y: Any, rows: int) -> None:
     """One line a chunk: to the GPU, through the layer, back, into the result."""
     for row in range(0, len(x), rows):
         y[row : row + rows] = forward(x[row : row + rows].cuda()).cpu()
 
 
-def copied_back(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows: int) -> None:
+def copied_back(forward: Forward, x: Any, y: Any, rows: int) -> None:
     """The same with the result copied straight into its place."""
     for row in range(0, len(x), rows):
         y[row : row + rows].copy_(forward(x[row : row + rows].cuda()))
 
 
-def double_buffered(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows: int) -> None:
+def double_buffered(forward: Forward, x: Any, y: Any, rows: int) -> None:
     """What a good engineer writes: two pinned buffers each way, two streams, copies on all threads, events."""
+    import torch
+
     host_in = [torch.empty(rows, x.shape[1], pin_memory=True) for _ in range(2)]
     host_out = [torch.empty(rows, y.shape[1], pin_memory=True) for _ in range(2)]
     streams, done = [torch.cuda.Stream() for _ in range(2)], [torch.cuda.Event() for _ in range(2)]
@@ -83,16 +64,19 @@ def double_buffered(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, r
         collect(i)
 
 
-def data_loader(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows: int, workers: int) -> None:
+def data_loader(forward: Forward, x: Any, y: Any, rows: int, workers: int) -> None:
     """torch's DataLoader with pin_memory; batches are slices, results are copied into their place."""
+    import torch
+
     parts = [(row, x[row : row + rows]) for row in range(0, len(x), rows)]
-    loader = torch.utils.data.DataLoader(parts, batch_size=None, pin_memory=True, num_workers=workers)
+    loader: Any = torch.utils.data.DataLoader(cast("Any", parts), batch_size=None, pin_memory=True, num_workers=workers)
     for row, part in loader:
         y[row : row + len(part)].copy_(forward(part.to("cuda", non_blocking=True)))
 
 
-def dali_source(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows: int) -> None:
+def dali_source(forward: Forward, x: Any, y: Any, rows: int) -> None:
     """DALI's external source, which copies blocks of rows to the GPU ahead; results are copied into their place."""
+    import torch
     from nvidia import dali
 
     array, starts = x.numpy(), list(range(0, len(x), rows))
@@ -102,7 +86,7 @@ def dali_source(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows:
             raise StopIteration
         return array[starts[info.iteration] : starts[info.iteration] + rows]
 
-    @dali.pipeline_def(batch_size=1, num_threads=4, device_id=0, prefetch_queue_depth=2)  # type: ignore[misc]
+    @dali.pipeline_def(batch_size=1, num_threads=4, device_id=0, prefetch_queue_depth=2)  # type: ignore[untyped-decorator]
     def blocks() -> Any:
         return dali.fn.external_source(source=block, batch=False, dtype=dali.types.FLOAT, ndim=2).gpu()
 
@@ -110,13 +94,14 @@ def dali_source(torch: Any, forward: Callable[[Any], Any], x: Any, y: Any, rows:
     pipe.build()
     for row in starts:
         (batch,) = pipe.run()
-        part = torch.from_dlpack(batch.as_tensor())[0]
+        part = torch.utils.dlpack.from_dlpack(batch.as_tensor())[0]
         y[row : row + len(part)].copy_(forward(part))
 
 
-def kvikio_file(torch: Any, forward: Callable[[Any], Any], path: str, offset: int, y: Any, rows: int) -> None:
+def kvikio_file(forward: Forward, path: str, offset: int, y: Any, rows: int) -> None:
     """KvikIO reads a file's rows into the GPU, two chunks in turns; results go to pinned memory."""
     import kvikio
+    import torch
 
     width = y.shape[1]
     buffers = [torch.empty(rows, width, device="cuda") for _ in range(2)]
