@@ -32,6 +32,8 @@ from pipeline.errors import (
 
 if TYPE_CHECKING:
     from pipeline.api import Pipeline, Progress, Result, run_pipelined
+    from pipeline.epilogues import ByFeature, Epilogue, SigmoidScaleResidual
+    from pipeline.layer.base import DeviceLayer, Layer
     from pipeline.layer.linear import FusedLinear
     from pipeline.pinned import Pinned, pin
     from pipeline.report.stats import Stats
@@ -40,16 +42,20 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ByFeature",
     "CompileError",
     "DTypeError",
     "DeviceError",
+    "DeviceLayer",
     "DeviceMemoryError",
     "DeviceNotFoundError",
     "DriverError",
+    "Epilogue",
     "FileFormatError",
     "FusedLinear",
     "GemmSigmoidScalingResidualAdd",
     "InputError",
+    "Layer",
     "OptionError",
     "OutputError",
     "OutputExistsError",
@@ -59,6 +65,7 @@ __all__ = [
     "Progress",
     "Result",
     "ShapeError",
+    "SigmoidScaleResidual",
     "Stats",
     "TraceWarning",
     "__version__",
@@ -68,8 +75,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ByFeature": "pipeline.epilogues",
+    "DeviceLayer": "pipeline.layer.base",
+    "Epilogue": "pipeline.epilogues",
     "FusedLinear": "pipeline.layer.linear",
     "GemmSigmoidScalingResidualAdd": "pipeline.torch_op",
+    "Layer": "pipeline.layer.base",
     "fused_gemm_sigmoid_scale_add": "pipeline.torch_op",
     "Pinned": "pipeline.pinned",
     "pin": "pipeline.pinned",
@@ -77,6 +88,7 @@ _HOMES = {
     "Progress": "pipeline.api",
     "Result": "pipeline.api",
     "run_pipelined": "pipeline.api",
+    "SigmoidScaleResidual": "pipeline.epilogues",
     "Stats": "pipeline.report.stats",
 }
 

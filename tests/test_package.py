@@ -20,12 +20,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 EXPORTS = {
+    "ByFeature",
+    "DeviceLayer",
+    "Epilogue",
     "FusedLinear",
     "GemmSigmoidScalingResidualAdd",
+    "Layer",
     "Pinned",
     "Pipeline",
     "Progress",
     "Result",
+    "SigmoidScaleResidual",
     "Stats",
     "TraceWarning",
     "fused_gemm_sigmoid_scale_add",

@@ -19,7 +19,7 @@ struct Plain {
   static __device__ __forceinline__ constexpr int w_step(int product) { return product; }
 };
 
-// fp32 split into fp16 pairs (split_rows.cu).
+// fp32 split into fp16 pairs (split_rows.cuh).
 //
 // Each fp32 row v of x and w is scaled by a power of two, so that its largest magnitude is in [2^14, 2^15), and split
 // into fp16 parts, v = high + low + at most 2^-23 |v| (or 2^-25 where that is more). Rows of 128 bytes, the k-tiles,

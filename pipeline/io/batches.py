@@ -17,7 +17,7 @@ from pipeline.dtypes import DType, cast_between
 from pipeline.errors import InputError, PipelineError
 from pipeline.flow import BatchResult, Chunk, Feed, Fill, Gather, Sink, Source
 from pipeline.io.memory import ArrayRows
-from pipeline.layer.forward import check_rows
+from pipeline.layer.checks import check_rows
 from pipeline.layer.linear import FusedLinear
 
 _PATIENCE_S = 5.0  # with an iterable, once the run stops

@@ -16,7 +16,7 @@ from pipeline.io.files import MapSink, has_lines, memmap_of, open_map, reserve
 from pipeline.io.formats.npy import NpyFileSink
 from pipeline.io.memory import ArrayRows
 from pipeline.io.sources import CudaSource, reads_from, source_bytes
-from pipeline.layer.forward import check_gpu_layout, check_gpu_out, check_out
+from pipeline.layer.checks import check_gpu_layout, check_gpu_out, check_out
 from pipeline.layer.linear import FusedLinear
 
 

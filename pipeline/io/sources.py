@@ -19,7 +19,7 @@ from pipeline.flow import BatchResult, DeviceRows, Feed, Gather, Source
 from pipeline.io.batches import BatchSource
 from pipeline.io.files import FileLayout, FileSource, MappedFile, memmap_of, open_map
 from pipeline.io.memory import ArrayRows, RangeFeed
-from pipeline.layer.forward import check_rows
+from pipeline.layer.checks import check_rows
 from pipeline.layer.linear import FusedLinear
 
 

@@ -15,16 +15,9 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from device_tests import (
-    DeviceTests,
-    assert_close,
-    assert_same_bits,
-    batches_of,
-    nothing_left_behind,
-    poisoned,
-    random_layer,
-    random_rows,
-)
+from helpers.data import assert_close, assert_same_bits, batches_of, poisoned, random_layer, random_rows
+from helpers.device_tests import DeviceTests
+from helpers.leaks import nothing_left_behind
 
 from pipeline.devices.cuda import count_gpus
 

@@ -11,7 +11,6 @@ from itertools import cycle, islice, pairwise
 from pathlib import Path
 from typing import Any
 
-import hypothesis.extra.numpy as hnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -23,7 +22,9 @@ from safetensors.torch import save_file
 from pipeline import DTypeError, FileFormatError, FusedLinear, InputError, OptionError, ShapeError
 from pipeline.arrays import byte_range, host_tensor, host_view, overlaps, to_float64
 from pipeline.dtypes import DTYPES, parse_dtype
-from pipeline.layer.forward import HostWeights, add_scaled_sigmoid, check_gpu_out, reference, sigmoid_scale_add
+from pipeline.epilogues import SigmoidScaleResidual
+from pipeline.layer.checks import check_gpu_out
+from pipeline.layer.host import HostWeights
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 # What rounding to an element type can cost a value, relative to the larger of itself and 1.
@@ -96,7 +97,7 @@ def test_layer_from_linear_equals_the_linear(dtype: str, bias: bool) -> None:
     linear = torch.nn.Linear(16, 10, bias=bias, dtype=TORCH_DTYPES[dtype])
     layer = FusedLinear.from_linear(linear, 2.0)
     x = torch.randn(9, 16, dtype=TORCH_DTYPES[dtype])
-    assert_close(layer(x), reference(x, linear.weight, linear.bias, 2.0), dtype)
+    assert_close(layer(x), FusedLinear(linear.weight, linear.bias, 2.0).reference(x), dtype)
     assert (layer.bias is not None) == bias
 
 
@@ -557,22 +558,23 @@ def test_host_weights_row_bits_do_not_depend_on_neighbours(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, in_features, generator=generator).to(TORCH_DTYPES[dtype])
     weight = torch.randn(out_features, in_features, generator=generator).to(TORCH_DTYPES[dtype])
-    weights = HostWeights(weight, torch.randn(out_features, generator=generator).to(TORCH_DTYPES[dtype]))
+    bias = torch.randn(out_features, generator=generator).to(TORCH_DTYPES[dtype])
+    weights = HostWeights(weight, bias, SigmoidScaleResidual(2.0))
     whole = torch.full((rows, out_features), torch.nan, dtype=TORCH_DTYPES[dtype])
     threads = islice(cycle((1, 2, 16)), seed % 3, None)
     with torch_threads(next(threads)):
-        weights.forward(x, whole, 2.0)
+        weights.forward(x, whole)
     parts = torch.full_like(whole, torch.nan)
     for start, stop in pairwise(cuts):
         with torch_threads(next(threads)):
-            weights.forward(x[start:stop], parts[start:stop], 2.0, start)
+            weights.forward(x[start:stop], parts[start:stop], start)
     assert torch.equal(parts, whole)
     padding = seed % 5
     stride = in_features + padding
     moved = torch.empty(rows * stride + 8, dtype=x.dtype).as_strided((rows, in_features), (stride, 1), seed % 8)
     moved.copy_(x)
     again = torch.full((rows, out_features + 1), torch.nan, dtype=whole.dtype)[:, 1:]
-    weights.forward(moved, again, 2.0)
+    weights.forward(moved, again)
     assert torch.equal(again, whole)
 
 
@@ -585,12 +587,14 @@ def test_host_weights_row_bits_do_not_depend_on_other_rows_values(
     row %= rows
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, in_features, generator=generator).to(TORCH_DTYPES[dtype])
-    weights = HostWeights(torch.randn(out_features, in_features, generator=generator).to(x.dtype), None)
+    weights = HostWeights(
+        torch.randn(out_features, in_features, generator=generator).to(x.dtype), None, SigmoidScaleResidual(2.0)
+    )
     first, second = (torch.empty(rows, out_features, dtype=x.dtype) for _ in range(2))
-    weights.forward(x, first, 2.0)
+    weights.forward(x, first)
     other = torch.full_like(x, torch.nan)
     other[row] = x[row]
-    weights.forward(other, second, 2.0)
+    weights.forward(other, second)
     assert torch.equal(first[row], second[row])
 
 
@@ -621,22 +625,6 @@ def test_layer_equals_the_reference(
     expected = layer.reference(x)
     largest = max(1.0, np.abs(expected).max(initial=0.0))
     np.testing.assert_allclose(to_float64(layer(x)), expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype] * largest)
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=st.floats(width=32)),
-    st.floats(-1e6, 1e6),
-)
-def test_add_scaled_sigmoid_equals_float64_for_every_float32(z: Any, scaling_factor: float) -> None:
-    with np.errstate(over="ignore", invalid="ignore"):
-        wide = sigmoid_scale_add(z.astype(np.float64), scaling_factor)
-        expected = wide.astype(np.float32)
-    y = np.full(z.size, np.nan, np.float32)
-    add_scaled_sigmoid(torch.from_numpy(z.reshape(-1)), scaling_factor, torch.empty(z.size), torch.from_numpy(y))
-    y = y.reshape(z.shape)
-    smallest = np.finfo(np.float32).smallest_subnormal  # two roundings of a subnormal may differ by one step
-    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * abs(scaling_factor) + smallest)
 
 
 @settings(max_examples=100, deadline=None)
