@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from pipeline.dtypes import parse_dtype
-from pipeline.errors import DTypeError
 from pipeline.epilogues import SigmoidScaleResidual
+from pipeline.errors import DTypeError
 from pipeline.kernels.choose import Problem, Variant, candidates
 from pipeline.kernels.fused_layer import Weights, describe, prepare
 from pipeline.kernels.fused_linear import Matrix
