@@ -378,29 +378,26 @@ struct FusedLinearSm90 {
     ColumnValues<BiasElement> bias;
     ColumnValues<float> w_scales;
     float x_scales[2];  // of this thread's upper row and of the one 8 below
-    int row, column;    // the upper row; the first column of this thread in the tile
     Epilogue epilogue;
     unsigned lane;
 
     __device__ __forceinline__ Finish(const Args& args, int n0, unsigned lane)
         : bias(args.bias, n0, args.out_features, lane),
           w_scales(Operands::kScaled ? args.w_scales : nullptr, n0, args.out_features, lane),
-          column(n0 + 2 * static_cast<int>(lane % 4)),
           epilogue{args.epilogue},
           lane(lane) {}
 
-    __device__ __forceinline__ void load_rows(const Args& args, int first_row) {
-      row = first_row + static_cast<int>(lane) / 4;
+    __device__ __forceinline__ void load_rows(const Args& args, int row) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int mine = first_row + static_cast<int>(lane) / 4 + 8 * i;
+        const int mine = row + static_cast<int>(lane) / 4 + 8 * i;
         x_scales[i] = Operands::kScaled && mine < args.rows ? __ldg(args.x_scales + mine) : 0.0f;
       }
     }
 
     // y for this thread's accumulators 4 j to 4 j + 3: columns 8 j + 2 (lane % 4) and the next, in its upper row and in
-    // the one 8 below.
-    __device__ __forceinline__ float4 operator()(const float* d, int j) const {
+    // the one 8 below. `row` and `column` are those of the warp's first row and of the tile's first column.
+    __device__ __forceinline__ float4 operator()(const float* d, int j, int row, int column) const {
       float z[4] = {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
       if constexpr (Operands::kScaled) {  // powers of two: exact
         const float2 scale = w_scales.of(j, lane);
@@ -410,7 +407,8 @@ struct FusedLinearSm90 {
       const float2 b = bias.of(j, lane);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        z[i] = epilogue(__fadd_rn(z[i], i % 2 ? b.y : b.x), row + i / 2 * 8, column + 8 * j + i % 2);
+        z[i] = epilogue(__fadd_rn(z[i], i % 2 ? b.y : b.x), row + static_cast<int>(lane) / 4 + i / 2 * 8,
+                        column + 8 * j + static_cast<int>(lane) % 4 * 2 + i % 2);
       }
       return {z[0], z[1], z[2], z[3]};
     }
@@ -435,8 +433,8 @@ struct FusedLinearSm90 {
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < kSliceColumns / 8; j += 2) {
-        const float4 v0 = finish(d, first / 8 + j);
-        const float4 v1 = finish(d, first / 8 + j + 1);
+        const float4 v0 = finish(d, first / 8 + j, row, column);
+        const float4 v1 = finish(d, first / 8 + j + 1, row, column);
         if constexpr (sizeof(Out) == 2) {
           const unsigned lane_row = buffer + lane % 16 * kRowBytes;
           ptx::stmatrix_x4(lane_row + ((j + lane / 16) ^ (lane & 7)) * 16, pack<Out>(v0.x, v0.y), pack<Out>(v0.z, v0.w),
@@ -465,7 +463,7 @@ struct FusedLinearSm90 {
                                                         const Finish& finish, unsigned lane) {
 #pragma unroll
     for (int j = 0; j < BLOCK_N / 8; ++j) {
-      const float4 v = finish(d, j);
+      const float4 v = finish(d, j, row, column);
       const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
