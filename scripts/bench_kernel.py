@@ -80,13 +80,10 @@ def burst_seconds(torch: Any, launch: Callable[[int], object], count: int) -> fl
     return float(begin.elapsed_time(end)) / 1e3 / count
 
 
-def _split_memory(torch: Any, matrix: Any) -> tuple[Any, Any]:
-    """Memory for a matrix's parts and what describes it; keep the first as long as the second is used."""
-    from pipeline.kernels.split import SplitRows
+def _matrix(tensor: Any) -> Any:
+    from pipeline.kernels.fused_linear import Matrix
 
-    rows, columns = matrix.shape
-    memory = torch.empty(SplitRows(0, rows, columns).n_bytes, dtype=torch.uint8, device="cuda")
-    return memory, SplitRows(memory.data_ptr(), rows, columns)
+    return Matrix(tensor.data_ptr(), *tensor.shape, tensor.stride(0))
 
 
 def contenders(
@@ -94,9 +91,10 @@ def contenders(
 ) -> Contenders:
     """Functions that queue one product or layer each; operands rotate over `BUFFERS` buffers."""
     from pipeline.dtypes import parse_dtype
-    from pipeline.kernels.choose import Problem, candidates, runs_as
+    from pipeline.epilogues import SigmoidScaleResidual
+    from pipeline.kernels.choose import Problem, candidates
+    from pipeline.kernels.fused_layer import Weights, describe, prepare, prepare_split, split_weights
     from pipeline.kernels.launch import Launcher
-    from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch
 
     rows, out_features, in_features = sizes
     dtype = getattr(torch, "float32" if precision in ("tf32", "fp32", "ieee") else precision)
@@ -109,49 +107,25 @@ def contenders(
     launcher = Launcher.for_device(torch.cuda.current_device())
     problem = Problem(parse_dtype(dtype), parse_dtype(dtype), precision, in_features, out_features)
 
-    split = runs_as(problem, launcher.arch) == "fp32"
-    if split:
-        x_memory, w_memories = _split_memory(torch, xs[0]), [_split_memory(torch, w) for w in ws]
-        for w, (_, target) in zip(ws, w_memories, strict=True):
-            PreparedSplit(launcher, w.data_ptr(), in_features, out_features, target).queue(0)
+    split = split_weights(launcher, problem)
+    parameters = SigmoidScaleResidual(2.0).pack({})
+    weights, memory = [], []  # the latter is kept for as long as addresses point there
+    for w in ws:
+        parts = None
+        if split is not None:
+            memory.append(torch.empty(split.n_bytes, dtype=torch.uint8, device="cuda"))
+            parts = split._replace(address=memory[-1].data_ptr())
+            prepare_split(launcher, _matrix(w), parts).queue(0)
+        weights.append(Weights(_matrix(w), bias.data_ptr(), parameters, parts))
+    scratch = torch.empty(weights[0].scratch_bytes(rows), dtype=torch.uint8, device="cuda")
 
     @functools.cache
-    def split_launch(place: int, variant: Any) -> PreparedSplitLaunch:
-        return PreparedSplitLaunch(
-            launcher,
-            problem,
-            rows=rows,
-            x=xs[place].data_ptr(),
-            x_stride=in_features,
-            x_split=x_memory[1],
-            w=ws[place].data_ptr(),
-            w_stride=in_features,
-            w_split=w_memories[place][1],
-            bias=bias.data_ptr(),
-            y=ys[place].data_ptr(),
-            y_stride=out_features,
-            scaling_factor=2.0,
-            variant=variant,
-        )
+    def launch(place: int, variant: Any) -> Any:
+        x, y, alive = _matrix(xs[place]), _matrix(ys[place]), (memory, bias, scratch)
+        return prepare(launcher, problem, weights[place], x, y, alive[-1].data_ptr(), variant=variant)
 
     def ours(i: int, variant: Any = None) -> None:
-        if split:
-            return split_launch(i % BUFFERS, variant).queue(torch.cuda.current_stream().cuda_stream)
-        x, w, y = xs[i % BUFFERS], ws[i % BUFFERS], ys[i % BUFFERS]
-        return launcher.launch(
-            torch.cuda.current_stream().cuda_stream,
-            problem,
-            rows=rows,
-            x=x.data_ptr(),
-            x_stride=in_features,
-            w=w.data_ptr(),
-            w_stride=in_features,
-            bias=bias.data_ptr(),
-            y=y.data_ptr(),
-            y_stride=out_features,
-            scaling_factor=2.0,
-            variant=variant,
-        )
+        launch(i % BUFFERS, variant).queue(torch.cuda.current_stream().cuda_stream)
 
     def layer(x: Any, w: Any, b: Any) -> Any:
         z = torch.nn.functional.linear(x, w, b)
@@ -162,11 +136,11 @@ def contenders(
         for variant in candidates(launcher.arch, problem, 16):
             found[variant.description] = lambda i, variant=variant: ours(i, variant)  # type: ignore[misc]
     else:
-        found[launcher.prepare(problem, rows)] = ours
-    if "parts" in peers and split:
+        found[describe(launcher, problem, rows)] = ours
+    if "parts" in peers and split is not None:
 
         def part(i: int, first: int, last: int) -> None:
-            for operation in split_launch(i % BUFFERS, None).operations[first:last]:
+            for operation in launch(i % BUFFERS, None).operations[first:last]:
                 operation.queue(torch.cuda.current_stream().cuda_stream)
 
         found["without the exact rows"] = lambda i: part(i, 0, 2)

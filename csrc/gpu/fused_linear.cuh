@@ -17,7 +17,7 @@ struct FusedLinearArgs {
   long long y_stride;
   const int* exact_rows;  // and how many they are, where only those rows are computed (fused_linear_simt)
   const int* exact_count;
-  const float* x_scales;  // of rows and of output features, by which sums of split operands are multiplied
+  const float* x_scales;  // factors of sums of split operands, by row and by output feature
   const float* w_scales;
   unsigned x_stride_bytes;
   unsigned w_stride_bytes;

@@ -90,7 +90,7 @@ struct FusedLinearSm80 {
   static constexpr int kStageBytes = (BLOCK_M + BLOCK_N) * kRowBytes;
   static constexpr int kSharedBytes = kNumStages * kStageBytes;
   static constexpr int BLOCK_K = kRowBytes / sizeof(In);
-  static constexpr int kSteps = Operands::kProducts;  // of 32 bytes of x and w in a k-tile: one mma's k each
+  static constexpr int kSteps = Operands::kProducts;  // in a k-tile, 32 bytes of x and w each: one mma's k
 
   static constexpr int WARP_M = BLOCK_M / WARPS_M;
   static constexpr int WARP_N = BLOCK_N / WARPS_N;

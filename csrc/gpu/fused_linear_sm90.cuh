@@ -12,14 +12,14 @@
 // two and a half sets of them: there the consumers multiply side by side, each half of the rows of every tile.
 //
 // NOTE: no clusters and no multicast. They save nothing here: the GPU joins reads of the same lines by neighbouring
-// multiprocessors on their way to L2 by itself, and then reads no more than with multicast in clusters of two (ncu,
-// H200: 1.2 and 1.3 GB for 1024 x 8192 x 8192 in bf16), while clusters cost whole tiles at the edges.
+// multiprocessors on their way to L2 by itself, and then reads no more than with multicast in clusters of two
+// (docs/notes/kernels.md), while clusters cost whole tiles at the edges.
 //
 // Shared memory: x and w rows are 128 bytes, swizzled in atoms of 8 rows (TMA's and wgmma's 128-byte swizzle: chunk c
 // of row r lies at c ^ (r & 7)), each tile at a multiple of 1024.
 //
 // NOTE: an output's bits must not depend on the number of rows, so every configuration sums over k in the same order,
-// in steps of 32 bytes, without split-k. The width of a wgmma doesn't change them (measured).
+// in steps of 32 bytes, without split-k. The width of a wgmma doesn't change them (docs/notes/kernels.md).
 //
 // Launch: grid of one dimension, any size up to the number of tiles; block kNumThreads; dynamic shared memory
 // kSharedBytes. Tensor maps, all with the 128-byte swizzle and boxes of 128 bytes: x's of x_box_rows rows, w's of
@@ -42,13 +42,13 @@ struct FusedLinearSm90Args {
   const void* bias;
   void* y_data;  // and y_stride, in elements: y once more, for stores without the copy engine
   long long y_stride;
-  const float* x_scales;  // of rows and of output features, by which sums are multiplied; null if not kScaled
+  const float* x_scales;  // factors of sums, by row and by output feature; null if not kScaled
   const float* w_scales;
   int rows;
   int in_features;
   int out_features;
   int band_rows;   // rows of tiles in a band: see Walk
-  int x_box_rows;  // of x's map: BLOCK_M, or fewer if x has fewer
+  int x_box_rows;  // the rows of a box of x's map: BLOCK_M, or fewer if x has fewer
   EpilogueParameters epilogue;
 };
 
@@ -75,7 +75,7 @@ struct FusedLinearSm90 {
 
   static constexpr int kConsumerThreads = 2 * 128;
   static constexpr int kNumThreads = kConsumerThreads + 128;
-  static constexpr int kWarpgroupRows = kInTurns ? BLOCK_M : BLOCK_M / 2;  // of a tile
+  static constexpr int kWarpgroupRows = kInTurns ? BLOCK_M : BLOCK_M / 2;  // rows of a tile
   static constexpr int kParts = kWarpgroupRows / 64;                       // a wgmma has 64 rows
 
   static constexpr int kRowBytes = 128;
@@ -247,7 +247,7 @@ struct FusedLinearSm90 {
   // goes by a column's place in y, not in the tile: its bits don't depend on BLOCK_N.
   //
   // NOTE: all columns at once took longer than the products in flight behind which it is meant to vanish, since it has
-  // few registers for its chains of additions: 1 to 4% of the kernel's time (H100, 1024 and 8192 rows, 8192 -> 8192).
+  // few registers for its chains of additions (docs/notes/kernels.md).
   static constexpr int kFoldTurns = 8;
   static __device__ __forceinline__ void set_some_aside(LeadingBits (&leading)[kParts], Accumulators (&total)[kParts],
                                                         unsigned turn) {
@@ -377,7 +377,7 @@ struct FusedLinearSm90 {
   struct Finish {
     ColumnValues<BiasElement> bias;
     ColumnValues<float> w_scales;
-    float x_scales[2];  // of this thread's upper row and of the one 8 below
+    float x_scales[2];  // this thread's upper row's and that of the one 8 below
     Epilogue epilogue;
     unsigned lane;
 
@@ -480,7 +480,7 @@ struct FusedLinearSm90 {
   static __device__ __forceinline__ void consume(const Args& args, Ring ring, const Walk& walk, int k_tiles,
                                                  unsigned shared) {
     const unsigned lane = threadIdx.x % 32;
-    const unsigned warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // of a uniform register, for descriptors
+    const unsigned warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // in a uniform register, for descriptors
     const unsigned warpgroup = warp / 4;
     const unsigned buffers = shared + kNumStages * kStageBytes + warp * kStoreBuffers * kSliceBytes;
     const unsigned first_row = kInTurns ? 0 : warpgroup * kWarpgroupRows;

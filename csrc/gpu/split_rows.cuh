@@ -39,7 +39,7 @@ struct SplitRows {
   static constexpr int kNumThreads = 256;
   static constexpr int kSharedBytes = 0;
   static constexpr int kWarps = kNumThreads / 32;
-  static constexpr int kLargestExponent = 14;  // of a scaled row: fp16 reaches 2^16
+  static constexpr int kLargestExponent = 14;  // a scaled row's: fp16 reaches 2^16
   static constexpr int kWeightExponents = 60;
   static constexpr int kExponentsBelow = 24;
   static constexpr int kFewProducts = 128;

@@ -105,7 +105,7 @@ class CpuDevice(Device):
         self._place = HostPlace()
         self._on_host: DeviceLayer | None = None
         self._last: list[_Task | None] = []
-        self._scratch: list[int] = []  # of the layer, for each slot
+        self._scratch: list[int] = []  # the layer's own, by slot
         self._inputs: list[HostArray] = []
         self._outputs: list[HostArray] = []
 

@@ -75,9 +75,9 @@ class CudaDevice(Device):
         self._memory = CudaMemory(self.name)
         self._inputs: list[int] = []
         self._outputs: list[int] = []
-        self._scratch: list[int] = []  # of the layer, for each slot
-        self._latest: dict[str | int, CudaOperation] = {}  # of each engine and of each slot
-        self._kernel_streams: list[Any] = []  # of each slot
+        self._scratch: list[int] = []  # the layer's own, by slot
+        self._latest: dict[str | int, CudaOperation] = {}  # by engine and by slot
+        self._kernel_streams: list[Any] = []  # by slot
         with self._current():
             self._control, self._h2d, self._d2h = _new_stream(), _new_stream(), _new_stream()
             self._events, self._plain_events = EventPool(self._control), PlainEvents()
@@ -256,7 +256,7 @@ def _new_stream() -> Any:
 
 @contextmanager
 def _short_sleeps() -> Iterator[None]:
-    """By default Linux lets a thread sleep for 50 us longer than it asks for."""
+    """Let threads wake when they ask for: Linux may add a slack of many microseconds."""
     prctl = _prctl()
     if prctl is None:
         yield

@@ -9,8 +9,8 @@ from typing import Any
 from pipeline.errors import DeviceError
 from pipeline.kernels.driver import call, call_error, driver
 
-# NOTE: times mix two clocks, starts of the host's and ends of the GPU's. Clocks differ by some 1e-5 (not measured
-# here): by 3 us after this long.
+# NOTE: times mix two clocks, starts of the host's and ends of the GPU's, which drift apart: by some microseconds after
+# this long (docs/notes/devices.md).
 _ANCHOR_AGE_S = 0.25
 
 
@@ -41,7 +41,7 @@ class EventPool:
         return event
 
     def _new_anchor(self) -> ClockAnchor:
-        """Of some moments, the one that two readings of the host's clock enclose best."""
+        """The best of some moments: the one that two readings of the host's clock enclose most closely."""
         best: ClockAnchor | None = None
         best_s = float("inf")
         for _ in range(3):
@@ -141,7 +141,7 @@ class PlainEvents:
 
     def __init__(self) -> None:
         self._all: list[Any] = []
-        self._behind_kernels: dict[int, int] = {}  # of each slot
+        self._behind_kernels: dict[int, int] = {}  # by slot
 
     def new(self) -> int:
         self._all.append(call("cuEventCreate", driver().CUevent_flags.CU_EVENT_DISABLE_TIMING))

@@ -87,7 +87,7 @@ class SimDevice(Device):
         self._counts = dict.fromkeys(self._engines, 0)
         self._pinned: list[HostArray] = []
         self._place = HostPlace()
-        self._scratch: list[int] = []  # of the layer, for each slot
+        self._scratch: list[int] = []  # the layer's own, by slot
         self._slot_free_at_s: list[float] = []
         self._inputs: list[HostArray] = []
         self._outputs: list[HostArray] = []

@@ -115,8 +115,8 @@ def compile_source(source: str, arch: str, include_dirs: tuple[Path, ...]) -> Co
 def _program_options(arch: str, include_dirs: tuple[Path, ...]) -> Any:
     from cuda.core import ProgramOptions
 
-    # NOTE: where there is a GPU, NVRTC keeps a cache of its own, and its hits come without ptxas's report: seen with
-    # NVRTC 13.0.88 on an H200, where the compile tests failed after other tests had compiled the same kernels.
+    # NOTE: where there is a GPU, NVRTC keeps a cache of its own, and its hits come without ptxas's report
+    # (docs/notes/kernels.md).
     return ProgramOptions(
         arch=arch,
         std="c++17",

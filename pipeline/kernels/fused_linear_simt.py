@@ -17,7 +17,7 @@ from pipeline.kernels.variant import (
 )
 
 _STAGES = 2
-_PITCH_BYTES = ROW_BYTES + 16  # of a row in shared memory
+_PITCH_BYTES = ROW_BYTES + 16  # from one row to the next in shared memory
 
 
 @dataclass(frozen=True)

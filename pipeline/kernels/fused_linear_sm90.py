@@ -23,9 +23,9 @@ from pipeline.kernels.variant import (
 )
 
 _Y_BOX_ROWS = 16  # a warp's rows
-_STORE_BUFFER_BYTES = 8 * 16 * ROW_BYTES  # of the two consumer warpgroups' eight warps
+_STORE_BUFFER_BYTES = 8 * 16 * ROW_BYTES  # 16 rows for each of the consumers' eight warps
 _BAND_ROWS = 2048  # rows of x that pass through L2 together: as many as columns of y in a wave of 132 tiles
-_STORE_COST = 0.16  # of each output of a tile, from the end of its products: docs/notes/kernels.md
+_STORE_COST = 0.16  # Variant.store_cost; measured: docs/notes/kernels.md
 
 
 @dataclass(frozen=True)

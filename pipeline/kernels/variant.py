@@ -62,10 +62,10 @@ class Variant:
     rate: float = 1.0  # the tile's speed on a full GPU against the kernel's best tile
     epilogue: EpilogueCode | None = None
     pack: Callable[[Variant, Any], ctypes.Structure] | None = None  # the argument for a launch's `Operands`
-    # Of the Hopper kernels, whose blocks walk over tiles:
+    # The Hopper kernels' blocks walk over tiles; only these set what follows.
     persistent: bool = False
     band_rows: int = 1  # rows of tiles in a band (FusedLinearSm90::Walk)
-    store_cost: float = 0.0  # of each output of a tile, from the end of its products, in units of `cost`
+    store_cost: float = 0.0  # for each output of a tile, from the end of its products, in units of `cost`
 
     @property
     def source(self) -> str:

@@ -32,7 +32,7 @@ from pipeline.dtypes import DType, parse_dtype, parse_precision
 from pipeline.errors import DTypeError, OptionError
 from pipeline.flow import DeviceRows
 
-ALIGNMENT_BYTES = 16  # of the first address and of the stride of rows in a GPU's memory
+ALIGNMENT_BYTES = 16  # divides the first address and the stride of rows in a GPU's memory
 
 
 class Place(ABC):

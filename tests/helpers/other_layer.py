@@ -22,7 +22,8 @@ class TorchOnDevice(pipeline.DeviceLayer):
 
     def __init__(self, layer: TorchLayer, place: Any, out_dtype: Any) -> None:
         self.layer, self.place, self.out_dtype = layer, place, out_dtype
-        self.module = copy.deepcopy(layer.module).to(place.torch_device).requires_grad_(False)
+        with place.torch_stream(place.stream):
+            self.module = copy.deepcopy(layer.module).to(place.torch_device).requires_grad_(False)
 
     def queue(self, x: Any, y: Any, first_row: int, stream: int, scratch: int) -> None:
         with self.place.torch_stream(stream):
