@@ -32,11 +32,12 @@ from pipeline.errors import (
 
 if TYPE_CHECKING:
     from pipeline.api import Pipeline, Progress, Result, run_pipelined
-    from pipeline.dtypes import DType, register_dtype
-    from pipeline.dtypes import parse_dtype
+    from pipeline.dtypes import DType, parse_dtype, register_dtype
+    from pipeline.epilogues import ByFeature, Epilogue, SigmoidScaleResidual
     from pipeline.flow import Chunk, Feed, Sink, Source, SourceRows, Span, TargetRows
     from pipeline.io.formats.raw import RawFile
     from pipeline.io.registry import SinkRequest, SourceRequest, register_sink, register_source
+    from pipeline.layer.base import DeviceLayer, Layer
     from pipeline.layer.linear import FusedLinear
     from pipeline.pinned import Pinned, pin
     from pipeline.report.stats import Stats
@@ -45,19 +46,23 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ByFeature",
     "Chunk",
     "CompileError",
     "DType",
     "DTypeError",
     "DeviceError",
+    "DeviceLayer",
     "DeviceMemoryError",
     "DeviceNotFoundError",
     "DriverError",
+    "Epilogue",
     "Feed",
     "FileFormatError",
     "FusedLinear",
     "GemmSigmoidScalingResidualAdd",
     "InputError",
+    "Layer",
     "OptionError",
     "OutputError",
     "OutputExistsError",
@@ -68,6 +73,7 @@ __all__ = [
     "RawFile",
     "Result",
     "ShapeError",
+    "SigmoidScaleResidual",
     "Sink",
     "SinkRequest",
     "Source",
@@ -103,8 +109,12 @@ _HOMES = {
     "SourceRequest": "pipeline.io.registry",
     "register_sink": "pipeline.io.registry",
     "register_source": "pipeline.io.registry",
+    "ByFeature": "pipeline.epilogues",
+    "DeviceLayer": "pipeline.layer.base",
+    "Epilogue": "pipeline.epilogues",
     "FusedLinear": "pipeline.layer.linear",
     "GemmSigmoidScalingResidualAdd": "pipeline.torch_op",
+    "Layer": "pipeline.layer.base",
     "fused_gemm_sigmoid_scale_add": "pipeline.torch_op",
     "Pinned": "pipeline.pinned",
     "pin": "pipeline.pinned",
@@ -112,6 +122,7 @@ _HOMES = {
     "Progress": "pipeline.api",
     "Result": "pipeline.api",
     "run_pipelined": "pipeline.api",
+    "SigmoidScaleResidual": "pipeline.epilogues",
     "Stats": "pipeline.report.stats",
 }
 

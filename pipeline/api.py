@@ -31,6 +31,7 @@ from pipeline.io.memory import ArrayRows, wrapper
 from pipeline.io.registry import SinkRequest, SourceRequest
 from pipeline.io.sinks import open_sink
 from pipeline.io.sources import open_source
+from pipeline.layer.base import Layer
 from pipeline.layer.linear import FusedLinear
 from pipeline.report.stats import Ends, Stats, advice, bound, ceiling_rows_per_s, comparable, mean_share, stage_stats
 from pipeline.report.timeline import Timeline, device_use, from_recorders
@@ -130,7 +131,7 @@ class Pipeline:
         wire_dtype: Any = None,
         out_dtype: Any = None,
     ) -> None:
-        if not isinstance(layer, FusedLinear):
+        if not isinstance(layer, Layer):
             raise OptionError(
                 f"layer is a {type(layer).__name__}, expected a FusedLinear; FusedLinear(weight, bias), "
                 f"FusedLinear.from_linear and FusedLinear.from_file make one"

@@ -10,6 +10,7 @@ while they are copied to a piece of pinned memory (a fill) or from it (a drain).
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -25,12 +26,21 @@ from pipeline.arrays import HostArray, convert, overlaps
 from pipeline.dtypes import Cast, DType, cast_between
 from pipeline.errors import PipelineError
 
+if TYPE_CHECKING:
+    import torch
+
 # -- rows --------------------------------------------------------------------------------------------------------------
+
+
+HOST = -1  # the ordinal of rows in ordinary memory
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceRows:
-    """Rows in a device's memory already: first address and row stride in elements. `owner` keeps them alive."""
+    """Rows in a device's memory already: first address and row stride in elements. `owner` keeps them alive.
+
+    `ordinal` is the GPU's, or HOST.
+    """
 
     ordinal: int
     address: int
@@ -40,6 +50,33 @@ class DeviceRows:
 
     def part(self, first: int, rows: int, itemsize: int) -> DeviceRows:
         return DeviceRows(self.ordinal, self.address + first * self.stride * itemsize, self.stride, rows, self.owner)
+
+    def tensor(self, features: int, dtype: DType) -> torch.Tensor:
+        """These rows (rows, features) as a torch tensor on the same memory, which `owner` must outlive."""
+        import torch
+
+        shape, strides = (self.rows, features), (self.stride, 1)
+        elements = (self.rows - 1) * self.stride + features if self.rows else 0
+        if elements == 0:
+            return torch.empty(shape, dtype=getattr(torch, dtype.name), device=self._torch_device)
+        if self.ordinal == HOST:
+            memory = (ctypes.c_char * (elements * dtype.itemsize)).from_address(self.address)
+            flat = torch.frombuffer(memory, dtype=getattr(torch, dtype.name))
+        else:
+            flat = torch.as_tensor(_CudaArray(self.address, elements * dtype.itemsize), device=self._torch_device)
+            flat = flat.view(getattr(torch, dtype.name))
+        return flat.as_strided(shape, strides)
+
+    @property
+    def _torch_device(self) -> str:
+        return "cpu" if self.ordinal == HOST else f"cuda:{self.ordinal}"
+
+
+class _CudaArray:
+    """Bytes in a GPU's memory, as torch takes them."""
+
+    def __init__(self, address: int, n_bytes: int) -> None:
+        self.__cuda_array_interface__ = {"shape": (n_bytes,), "typestr": "|u1", "data": (address, False), "version": 3}
 
 
 @dataclass(frozen=True, slots=True)

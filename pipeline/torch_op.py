@@ -13,8 +13,11 @@ from typing import Any
 import torch
 
 from pipeline.dtypes import DTYPES, FLOAT32, FLOAT64, DType, parse_dtype, parse_precision
+from pipeline.epilogues.sigmoid_scale_residual import SigmoidScaleResidual, check_scaling_factor
 from pipeline.errors import DTypeError, InputError
-from pipeline.layer.forward import HostWeights, check_rows, check_scaling_factor, check_weights, launch_on_gpu
+from pipeline.layer.checks import check_rows, check_weights
+from pipeline.layer.gpu import PackedEpilogue, launch_on_gpu
+from pipeline.layer.host import HostWeights
 
 __all__ = ["GemmSigmoidScalingResidualAdd", "fused_gemm_sigmoid_scale_add"]
 
@@ -146,7 +149,7 @@ def _cpu(
 ) -> torch.Tensor:
     _check(A, B, C, scaling_factor, precision)
     out = torch.empty((A.shape[0], B.shape[0]), dtype=A.dtype, device=A.device)
-    HostWeights(B, C).forward(A.detach(), out, scaling_factor)
+    HostWeights(B, C, SigmoidScaleResidual(scaling_factor)).forward(A.detach(), out)
     return out
 
 
@@ -155,8 +158,14 @@ def _cuda(
 ) -> torch.Tensor:
     precision = _check(A, B, C, scaling_factor, precision)
     out = torch.empty((A.shape[0], B.shape[0]), dtype=A.dtype, device=A.device)
-    launch_on_gpu(A, B, C.contiguous(), scaling_factor, precision, out)
+    launch_on_gpu(A, B, C.contiguous(), _packed(scaling_factor), precision, out)
     return out
+
+
+@functools.lru_cache(maxsize=256)
+def _packed(scaling_factor: float) -> PackedEpilogue:
+    epilogue = SigmoidScaleResidual(scaling_factor)
+    return PackedEpilogue(epilogue.code(), epilogue.pack({}))
 
 
 def _fake(
@@ -174,11 +183,11 @@ def _setup_context(
 
 
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """dy/dz = 1 + scaling_factor * sigmoid(z) * (1 - sigmoid(z)), in float32 for the 16-bit types."""
+    """The gradients, with dy/dz in float32 for the 16-bit types."""
     A, B, C = ctx.saved_tensors
     wide = torch.float64 if A.dtype == torch.float64 else torch.float32
-    sigmoid = torch.sigmoid(torch.addmm(C, A, B.t()).to(wide))
-    grad_z_wide = grad.to(wide) * (1 + ctx.scaling_factor * sigmoid * (1 - sigmoid))
+    z = torch.addmm(C, A, B.t()).to(wide)
+    grad_z_wide = grad.to(wide) * SigmoidScaleResidual.derivative_at(z, ctx.scaling_factor)
     grad_z = grad_z_wide.to(A.dtype)
     needs_A, needs_B, needs_C = ctx.needs_input_grad[:3]
     return (

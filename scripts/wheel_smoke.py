@@ -21,7 +21,7 @@ def check_sources() -> str:
         raise SystemExit(f"error: pipeline was imported from {package}, expected the wheel in {sys.prefix}")
     if folder != package / "csrc" / "gpu":
         raise SystemExit(f"error: the CUDA sources were found in {folder}, expected them in the wheel")
-    return f"{len(list(folder.glob('*.cu')))} kernel files in the wheel"
+    return f"{len(list(folder.glob('*.cuh')))} kernel files in the wheel"
 
 
 def check_compile() -> str:

@@ -23,7 +23,7 @@ from pipeline import (
     fused_gemm_sigmoid_scale_add,
     torch_op,
 )
-from pipeline.layer.forward import reference, rows_for_kernel
+from pipeline.layer.gpu import rows_for_kernel
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -41,6 +41,10 @@ def tensors(
     B = torch.empty(out_features, in_features).uniform_(-bound, bound).to(dtype)
     C = torch.empty(out_features).uniform_(-bound, bound).to(dtype)
     return A.requires_grad_(requires_grad), B.requires_grad_(requires_grad), C.requires_grad_(requires_grad)
+
+
+def reference(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, scaling_factor: float) -> Any:
+    return FusedLinear(B, C, scaling_factor).reference(A)
 
 
 def eager(A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, scaling_factor: float) -> torch.Tensor:
@@ -249,10 +253,10 @@ def test_torch_op_gives_the_launch_its_operands_and_the_precision(monkeypatch: p
     monkeypatch.setattr(torch_op, "launch_on_gpu", lambda *args: launches.append(args))
     A, B, C = tensors(12, 16, 10, torch.float32)
     out = torch_op._cuda(A[::2, :8], B[::2, ::2], C[::2], 3.0, "tf32")
-    ((x, weight, bias, scaling_factor, precision, target),) = launches
+    ((x, weight, bias, epilogue, precision, target),) = launches
     assert x.stride() == (32, 1) and bias.is_contiguous()
     assert torch.equal(weight, B[::2, ::2]) and torch.equal(bias, C[::2])
-    assert (scaling_factor, precision) == (3.0, "tf32")
+    assert (epilogue.parameters.scaling_factor, precision) == (3.0, "tf32")
     assert target is out and out.shape == (6, 5) and out.is_contiguous()
 
 

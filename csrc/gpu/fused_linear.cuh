@@ -4,28 +4,28 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-// The one kernel argument. Host twin: `FusedLinearArgs` in pipeline/kernels/launch.py.
+// The one argument of the sm80 and SIMT kernels. Host twin: pipeline/kernels/fused_linear.py.
 //   x (rows, in_features), w (out_features, in_features), y (rows, out_features): row-major, inner stride 1.
 //   bias (out_features,), of x's element type, or null.
 // Row strides: y's in elements, those of x and w in bytes, which kernels multiply by 32-bit rows to 64-bit offsets.
+template <typename EpilogueParameters>
 struct FusedLinearArgs {
   const void* x;
   const void* w;
   const void* bias;
   void* y;
   long long y_stride;
+  const int* exact_rows;  // and how many they are, where only those rows are computed (fused_linear_simt)
+  const int* exact_count;
+  const float* x_scales;  // factors of sums of split operands, by row and by output feature
+  const float* w_scales;
   unsigned x_stride_bytes;
   unsigned w_stride_bytes;
   int rows;
   int in_features;
   int out_features;
-  float scaling_factor;
-  const int* row_list;  // and its length, where only some rows are computed (fused_linear_simt)
-  const int* row_count;
-  const float* x_scales;  // of rows and of output features, by which sums of split operands are multiplied
-  const float* w_scales;
+  EpilogueParameters epilogue;
 };
-static_assert(sizeof(FusedLinearArgs) == 96, "the host twin packs 96 bytes");
 
 __device__ __forceinline__ float to_float(float v) { return v; }
 __device__ __forceinline__ float to_float(__half v) { return __half2float(v); }
@@ -50,8 +50,8 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
 //
 // Tiles are numbered so that `kGroupBlocks` blocks of rows share one block of W before the next one is fetched: W
 // then comes from device memory once per group, and the blocks of x in a group stay in L2.
-template <int BLOCK_M, int BLOCK_N, int kGroupBlocks = 8>
-__device__ __forceinline__ void tile_origin(const FusedLinearArgs& args, int& m0, int& n0) {
+template <int BLOCK_M, int BLOCK_N, int kGroupBlocks = 8, typename Args>
+__device__ __forceinline__ void tile_origin(const Args& args, int& m0, int& n0) {
   const unsigned m_blocks = (static_cast<unsigned>(args.rows) + BLOCK_M - 1) / BLOCK_M;
   const unsigned n_blocks = (static_cast<unsigned>(args.out_features) + BLOCK_N - 1) / BLOCK_N;
   const unsigned tile = blockIdx.x;

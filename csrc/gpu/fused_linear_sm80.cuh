@@ -80,6 +80,7 @@ __device__ __forceinline__ void load_chunk(unsigned destination, const char* sou
 template <typename Operands, typename Out, typename Epilogue, int BLOCK_M, int BLOCK_N, int WARPS_M, int WARPS_N,
           int kNumStages, int LOAD_BYTES>
 struct FusedLinearSm80 {
+  using Args = FusedLinearArgs<typename Epilogue::Parameters>;
   using In = typename Operands::Element;
   using BiasElement = typename Operands::BiasElement;
   static constexpr bool kPromoted = Operands::kPromoteEvery > 0;
@@ -89,7 +90,7 @@ struct FusedLinearSm80 {
   static constexpr int kStageBytes = (BLOCK_M + BLOCK_N) * kRowBytes;
   static constexpr int kSharedBytes = kNumStages * kStageBytes;
   static constexpr int BLOCK_K = kRowBytes / sizeof(In);
-  static constexpr int kSteps = Operands::kProducts;  // of 32 bytes of x and w in a k-tile: one mma's k each
+  static constexpr int kSteps = Operands::kProducts;  // in a k-tile, 32 bytes of x and w each: one mma's k
 
   static constexpr int WARP_M = BLOCK_M / WARPS_M;
   static constexpr int WARP_N = BLOCK_N / WARPS_N;
@@ -121,13 +122,13 @@ struct FusedLinearSm80 {
   struct Loader {
     const char* x;
     const char* w;
-    const FusedLinearArgs& args;
+    const Args& args;
     int x_row, x_last_row;  // within the tile; rows past the end repeat the last one, their outputs are dropped
     int w_row, w_last_row;
     int bytes_left;  // from this thread's chunk to the end of a row
     unsigned destination;
 
-    __device__ __forceinline__ Loader(const FusedLinearArgs& args, int m0, int n0, unsigned shared) : args(args) {
+    __device__ __forceinline__ Loader(const Args& args, int m0, int n0, unsigned shared) : args(args) {
       const int chunk = threadIdx.x % 8;
       const int row = threadIdx.x / 8;
       x = static_cast<const char*>(args.x) + static_cast<unsigned long long>(m0) * args.x_stride_bytes + chunk * 16;
@@ -220,9 +221,8 @@ struct FusedLinearSm80 {
     }
   };
 
-  static __device__ __forceinline__ void store(const FusedLinearArgs& args, int row0, int column0,
-                                               const Accumulators& d) {
-    const Epilogue epilogue{args.scaling_factor};
+  static __device__ __forceinline__ void store(const Args& args, int row0, int column0, const Accumulators& d) {
+    const Epilogue epilogue{args.epilogue};
     const BiasElement* bias = static_cast<const BiasElement*>(args.bias);
     const bool vectors = rows_allow_vectors<Out>(args.y, args.y_stride);
 #pragma unroll
@@ -252,13 +252,13 @@ struct FusedLinearSm80 {
           for (int i = 0; i < 4; ++i) v[i] = __fmul_rn(__fmul_rn(v[i], w_scales[i]), x_scale);
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) v[i] = epilogue(__fadd_rn(v[i], b[i]));
+        for (int i = 0; i < 4; ++i) v[i] = epilogue(__fadd_rn(v[i], b[i]), row, column + i);
         store_4(static_cast<Out*>(args.y) + row * args.y_stride, column, args.out_features, vectors, v);
       }
     }
   }
 
-  static __device__ __forceinline__ void run(const FusedLinearArgs& args) {
+  static __device__ __forceinline__ void run(const Args& args) {
     extern __shared__ __align__(128) unsigned char shared_bytes[];
     const unsigned shared = ptx::shared_address(shared_bytes);
     int m0, n0;

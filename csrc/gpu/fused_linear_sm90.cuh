@@ -12,26 +12,29 @@
 // two and a half sets of them: there the consumers multiply side by side, each half of the rows of every tile.
 //
 // NOTE: no clusters and no multicast. They save nothing here: the GPU joins reads of the same lines by neighbouring
-// multiprocessors on their way to L2 by itself, and then reads no more than with multicast in clusters of two (ncu,
-// H200: 1.2 and 1.3 GB for 1024 x 8192 x 8192 in bf16), while clusters cost whole tiles at the edges.
+// multiprocessors on their way to L2 by itself, and then reads no more than with multicast in clusters of two
+// (docs/notes/kernels.md), while clusters cost whole tiles at the edges.
 //
 // Shared memory: x and w rows are 128 bytes, swizzled in atoms of 8 rows (TMA's and wgmma's 128-byte swizzle: chunk c
 // of row r lies at c ^ (r & 7)), each tile at a multiple of 1024.
 //
 // NOTE: an output's bits must not depend on the number of rows, so every configuration sums over k in the same order,
-// in steps of 32 bytes, without split-k. The width of a wgmma doesn't change them (measured).
+// in steps of 32 bytes, without split-k. The width of a wgmma doesn't change them (docs/notes/kernels.md).
 //
 // Launch: grid of one dimension, any size up to the number of tiles; block kNumThreads; dynamic shared memory
 // kSharedBytes. Tensor maps, all with the 128-byte swizzle and boxes of 128 bytes: x's of x_box_rows rows, w's of
 // BLOCK_N, y's of 16. x, w and their row strides are multiples of 16 bytes; so are y and its stride if kTmaStore.
 // 0 < rows, in_features, out_features.
+#pragma once
+
 #include "epilogue.cuh"
 #include "fused_linear.cuh"
 #include "operands.cuh"
 #include "ptx_sm90.cuh"
 #include "wgmma.cuh"
 
-// The one kernel argument. Host twin: `FusedLinearSm90Args` in pipeline/kernels/launch.py.
+// The one kernel argument. Host twin: pipeline/kernels/fused_linear_sm90.py.
+template <typename EpilogueParameters>
 struct FusedLinearSm90Args {
   TensorMap x;
   TensorMap w;
@@ -39,16 +42,15 @@ struct FusedLinearSm90Args {
   const void* bias;
   void* y_data;  // and y_stride, in elements: y once more, for stores without the copy engine
   long long y_stride;
+  const float* x_scales;  // factors of sums, by row and by output feature; null if not kScaled
+  const float* w_scales;
   int rows;
   int in_features;
   int out_features;
   int band_rows;   // rows of tiles in a band: see Walk
-  int x_box_rows;  // of x's map: BLOCK_M, or fewer if x has fewer
-  float scaling_factor;
-  const float* x_scales;  // of rows and of output features, by which sums are multiplied; null if not kScaled
-  const float* w_scales;
+  int x_box_rows;  // the rows of a box of x's map: BLOCK_M, or fewer if x has fewer
+  EpilogueParameters epilogue;
 };
-static_assert(sizeof(FusedLinearSm90Args) == 448, "the host twin packs 448 bytes");
 
 template <typename Out>
 __device__ __forceinline__ unsigned pack(float v0, float v1);
@@ -65,6 +67,7 @@ __device__ __forceinline__ unsigned pack<__nv_bfloat16>(float v0, float v1) {
 
 template <typename Operands, typename Out, typename Epilogue, int BLOCK_M, int BLOCK_N, int kNumStages, bool kTmaStore>
 struct FusedLinearSm90 {
+  using Args = FusedLinearSm90Args<typename Epilogue::Parameters>;
   using In = typename Operands::Element;
   using BiasElement = typename Operands::BiasElement;
   static constexpr bool kPromoted = Operands::kPromoteEvery > 0;
@@ -72,7 +75,7 @@ struct FusedLinearSm90 {
 
   static constexpr int kConsumerThreads = 2 * 128;
   static constexpr int kNumThreads = kConsumerThreads + 128;
-  static constexpr int kWarpgroupRows = kInTurns ? BLOCK_M : BLOCK_M / 2;  // of a tile
+  static constexpr int kWarpgroupRows = kInTurns ? BLOCK_M : BLOCK_M / 2;  // rows of a tile
   static constexpr int kParts = kWarpgroupRows / 64;                       // a wgmma has 64 rows
 
   static constexpr int kRowBytes = 128;
@@ -132,7 +135,7 @@ struct FusedLinearSm90 {
   struct Walk {
     unsigned rows, columns, tiles, band_rows;
 
-    __device__ __forceinline__ explicit Walk(const FusedLinearSm90Args& args) {
+    __device__ __forceinline__ explicit Walk(const Args& args) {
       rows = (static_cast<unsigned>(args.rows) + BLOCK_M - 1) / BLOCK_M;
       columns = (static_cast<unsigned>(args.out_features) + BLOCK_N - 1) / BLOCK_N;
       tiles = rows * columns;
@@ -151,8 +154,7 @@ struct FusedLinearSm90 {
   };
 
   // One thread: fills the ring, tile after tile.
-  static __device__ __forceinline__ void produce(const FusedLinearSm90Args& args, Ring ring, const Walk& walk,
-                                                 int k_tiles) {
+  static __device__ __forceinline__ void produce(const Args& args, Ring ring, const Walk& walk, int k_tiles) {
     const unsigned stage_bytes = (args.x_box_rows + BLOCK_N) * kRowBytes;
     for (unsigned tile = blockIdx.x; tile < walk.tiles; tile += gridDim.x) {
       int m0, n0;
@@ -245,7 +247,7 @@ struct FusedLinearSm90 {
   // goes by a column's place in y, not in the tile: its bits don't depend on BLOCK_N.
   //
   // NOTE: all columns at once took longer than the products in flight behind which it is meant to vanish, since it has
-  // few registers for its chains of additions: 1 to 4% of the kernel's time (H100, 1024 and 8192 rows, 8192 -> 8192).
+  // few registers for its chains of additions (docs/notes/kernels.md).
   static constexpr int kFoldTurns = 8;
   static __device__ __forceinline__ void set_some_aside(LeadingBits (&leading)[kParts], Accumulators (&total)[kParts],
                                                         unsigned turn) {
@@ -372,20 +374,20 @@ struct FusedLinearSm90 {
   };
 
   // What turns a tile's sums into outputs.
-  struct Tail {
+  struct Finish {
     ColumnValues<BiasElement> bias;
     ColumnValues<float> w_scales;
-    float x_scales[2];  // of this thread's upper row and of the one 8 below
+    float x_scales[2];  // this thread's upper row's and that of the one 8 below
     Epilogue epilogue;
     unsigned lane;
 
-    __device__ __forceinline__ Tail(const FusedLinearSm90Args& args, int n0, unsigned lane)
+    __device__ __forceinline__ Finish(const Args& args, int n0, unsigned lane)
         : bias(args.bias, n0, args.out_features, lane),
           w_scales(Operands::kScaled ? args.w_scales : nullptr, n0, args.out_features, lane),
-          epilogue{args.scaling_factor},
+          epilogue{args.epilogue},
           lane(lane) {}
 
-    __device__ __forceinline__ void load_rows(const FusedLinearSm90Args& args, int row) {
+    __device__ __forceinline__ void load_rows(const Args& args, int row) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int mine = row + static_cast<int>(lane) / 4 + 8 * i;
@@ -394,8 +396,8 @@ struct FusedLinearSm90 {
     }
 
     // y for this thread's accumulators 4 j to 4 j + 3: columns 8 j + 2 (lane % 4) and the next, in its upper row and in
-    // the one 8 below.
-    __device__ __forceinline__ float4 operator()(const float* d, int j) const {
+    // the one 8 below. `row` and `column` are those of the warp's first row and of the tile's first column.
+    __device__ __forceinline__ float4 operator()(const float* d, int j, int row, int column) const {
       float z[4] = {d[4 * j], d[4 * j + 1], d[4 * j + 2], d[4 * j + 3]};
       if constexpr (Operands::kScaled) {  // powers of two: exact
         const float2 scale = w_scales.of(j, lane);
@@ -404,15 +406,18 @@ struct FusedLinearSm90 {
       }
       const float2 b = bias.of(j, lane);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) z[i] = epilogue(__fadd_rn(z[i], i % 2 ? b.y : b.x));
+      for (int i = 0; i < 4; ++i) {
+        z[i] = epilogue(__fadd_rn(z[i], i % 2 ? b.y : b.x), row + static_cast<int>(lane) / 4 + i / 2 * 8,
+                        column + 8 * j + static_cast<int>(lane) % 4 * 2 + i % 2);
+      }
       return {z[0], z[1], z[2], z[3]};
     }
   };
 
   // Stores a warp's rows `row` to `row` + 15 of the tile, slice by slice, through its own buffers. A last slice that
   // would reach past the tile starts earlier and stores some columns once more.
-  static __device__ __forceinline__ void store(const FusedLinearSm90Args& args, const float* d, int row, int column,
-                                               const Tail& tail, unsigned lane, unsigned buffers) {
+  static __device__ __forceinline__ void store(const Args& args, const float* d, int row, int column,
+                                               const Finish& finish, unsigned lane, unsigned buffers) {
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
       const int first =
@@ -428,8 +433,8 @@ struct FusedLinearSm90 {
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < kSliceColumns / 8; j += 2) {
-        const float4 v0 = tail(d, first / 8 + j);
-        const float4 v1 = tail(d, first / 8 + j + 1);
+        const float4 v0 = finish(d, first / 8 + j, row, column);
+        const float4 v1 = finish(d, first / 8 + j + 1, row, column);
         if constexpr (sizeof(Out) == 2) {
           const unsigned lane_row = buffer + lane % 16 * kRowBytes;
           ptx::stmatrix_x4(lane_row + ((j + lane / 16) ^ (lane & 7)) * 16, pack<Out>(v0.x, v0.y), pack<Out>(v0.z, v0.w),
@@ -454,11 +459,11 @@ struct FusedLinearSm90 {
   }
 
   // The same straight from registers, for a y that the copy engine can't write.
-  static __device__ __forceinline__ void store_directly(const FusedLinearSm90Args& args, const float* d, int row,
-                                                        int column, const Tail& tail, unsigned lane) {
+  static __device__ __forceinline__ void store_directly(const Args& args, const float* d, int row, int column,
+                                                        const Finish& finish, unsigned lane) {
 #pragma unroll
     for (int j = 0; j < BLOCK_N / 8; ++j) {
-      const float4 v = tail(d, j);
+      const float4 v = finish(d, j, row, column);
       const float values[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -472,10 +477,10 @@ struct FusedLinearSm90 {
   }
 
   // One consumer warpgroup, tile after tile.
-  static __device__ __forceinline__ void consume(const FusedLinearSm90Args& args, Ring ring, const Walk& walk,
-                                                 int k_tiles, unsigned shared) {
+  static __device__ __forceinline__ void consume(const Args& args, Ring ring, const Walk& walk, int k_tiles,
+                                                 unsigned shared) {
     const unsigned lane = threadIdx.x % 32;
-    const unsigned warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // of a uniform register, for descriptors
+    const unsigned warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);  // in a uniform register, for descriptors
     const unsigned warpgroup = warp / 4;
     const unsigned buffers = shared + kNumStages * kStageBytes + warp * kStoreBuffers * kSliceBytes;
     const unsigned first_row = kInTurns ? 0 : warpgroup * kWarpgroupRows;
@@ -490,28 +495,28 @@ struct FusedLinearSm90 {
       int m0, n0;
       walk.origin(tile, m0, n0);
       m0 += first_row + warp % 4 * 16;
-      Tail tail(args, n0, lane);
+      Finish finish(args, n0, lane);
       if constexpr (kInTurns) {
         multiply(sums, ring, turn, k_tiles, lane);
         ring.skip(k_tiles);  // the other's
       } else {
         multiply_promoted(sums, ring, k_tiles, first_row, n0, lane);
       }
-      tail.bias.join();
+      finish.bias.join();
 #pragma unroll
       for (int part = 0; part < kParts; ++part) {
-        tail.load_rows(args, m0 + part * 64);
+        finish.load_rows(args, m0 + part * 64);
         if constexpr (kTmaStore) {
-          store(args, sums[part], m0 + part * 64, n0, tail, lane, buffers);
+          store(args, sums[part], m0 + part * 64, n0, finish, lane, buffers);
         } else {
-          store_directly(args, sums[part], m0 + part * 64, n0, tail, lane);
+          store_directly(args, sums[part], m0 + part * 64, n0, finish, lane);
         }
       }
     }
     if (lane == 0) ptx::bulk_wait_read<0>();
   }
 
-  static __device__ __forceinline__ void run(const FusedLinearSm90Args& args) {
+  static __device__ __forceinline__ void run(const Args& args) {
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     const unsigned shared = ptx::shared_address(shared_bytes);
     const Ring ring(shared);

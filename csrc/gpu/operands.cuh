@@ -19,7 +19,7 @@ struct Plain {
   static __device__ __forceinline__ constexpr int w_step(int product) { return product; }
 };
 
-// fp32 split into fp16 pairs (split_rows.cu).
+// fp32 split into fp16 pairs (split_rows.cuh).
 //
 // Each fp32 row v of x and w is scaled by a power of two, so that its largest magnitude is in [2^14, 2^15), and split
 // into fp16 parts, v = high + low + at most 2^-23 |v| (or 2^-25 where that is more). Rows of 128 bytes, the k-tiles,
@@ -27,7 +27,7 @@ struct Plain {
 // most 2^-22 of the whole. Scheme: H. Ootomo and R. Yokota, "Recovering single precision accuracy from Tensor Cores
 // while surpassing the FP32 theoretical peak performance", 2022.
 //
-// NOTE: tensor cores truncate their accumulators at every step (no document says how; measured: by 2^-24 on average),
+// NOTE: tensor cores truncate their accumulators at every step (no document says how: docs/notes/kernels.md),
 // which adds up. So accumulators start anew every kPromoteEvery k-tiles, and their sums are added up by ordinary
 // additions, which round to nearest. The small products come first, while the accumulators are small: two truncations a
 // k-tile are left at full magnitude.
@@ -54,8 +54,8 @@ struct SplitFp16 {
 };
 
 // How many k-tiles lie between two times that a total's leading bits are set aside: a power of two, about a quarter of
-// all. NOTE: shorter intervals take away error that is small beside the vendor's, and cost power, so time: with 16
-// k-tiles for K = 8192, the kernel of fused_linear_sm90.cuh is 3% (8192 rows) to 10% (1024) slower than without (H100).
+// all. NOTE: shorter intervals take away error that is small beside the vendor's, and cost power, so time
+// (docs/notes/kernels.md).
 __device__ __forceinline__ int fold_interval(int k_tiles) { return k_tiles >= 256 ? 64 : k_tiles >= 128 ? 32 : 16; }
 
 __device__ __forceinline__ unsigned& bits_of(__nv_bfloat162& pair) { return reinterpret_cast<unsigned&>(pair); }
@@ -65,7 +65,7 @@ __device__ __forceinline__ float2 widened(__nv_bfloat162 pair) {
   return {__uint_as_float(bits_of(pair) << 16), __uint_as_float(bits_of(pair) & 0xffff0000)};
 }
 
-// Of two sums leading + rest, moves the leading 8 bits into `leading`. Nothing is lost, to 2^-32 of the sums; but where
+// Moves the leading 8 bits of two sums leading + rest into `leading`. Nothing is lost, to 2^-32 of the sums; but where
 // `rest` is 2^16 times `leading` and more, after a cancellation, it is rounded once more.
 __device__ __forceinline__ void set_aside(__nv_bfloat162& leading, float& rest0, float& rest1) {
   const float2 before = widened(leading);

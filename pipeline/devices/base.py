@@ -1,30 +1,35 @@
-"""The protocol between the executor and a device, and how a device is found by its name.
+"""The protocol between the executor and a device.
 
-A device holds the layer's weights, a compiled kernel and `num_streams` chunk buffers, called slots. Operations on one
+A device holds a layer's weights, a compiled kernel and `num_streams` chunk buffers, called slots. Operations on one
 slot happen in the order in which they were queued; operations on different slots overlap as the hardware allows.
-Every queued operation returns at once with an `Operation` that says when it is done. One thread at a time uses a
-device.
+Every queued operation returns at once with an `Operation` that says when it is done.
+
+Who may call what: while chunks run, the executor's thread alone queues kernels and, for pieces that Python moves,
+copies. Where C moves pieces (`native_copies`), its thread queues their copies on the device's two copy streams, and
+nobody else uses those meanwhile. All other methods are for one thread at a time, before and after.
 """
 
 from __future__ import annotations
 
+import ctypes
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from pipeline.arrays import HostArray, address_of
 from pipeline.dtypes import DType
-from pipeline.flow import DeviceRows, Operation, Workers
-from pipeline.layer.linear import FusedLinear
+from pipeline.flow import HOST, DeviceRows, Operation, Workers
+from pipeline.layer.base import Layer, Place
 
 
 @dataclass(frozen=True)
 class NativeCopies:
-    """What code in C needs to copy between pinned memory and a device's slots (csrc/host/host_lanes.c).
+    """What code in C needs to copy between pinned memory and a device's slots (csrc/host).
 
     `functions` are the addresses of the CUDA driver's cuCtxSetCurrent, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync,
     cuEventRecord and cuEventQuery; then there are handles of a context and of streams. `new_event` makes an event that
@@ -55,19 +60,20 @@ class Device(ABC):
     poison: bool = False  # overwrite pinned pieces between uses
     has_bus: bool = False  # its memory is apart from the host's, and `for_copies` gives what measures the way between
 
-    @abstractmethod
     def now(self) -> float:
         """Seconds on the clock of this device's operations."""
+        return time.perf_counter()
 
     @abstractmethod
     def free_bytes(self) -> int | None:
         """Device memory that could still be allocated, or None where that isn't limited."""
 
     @abstractmethod
-    def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
-        """Compile or find the kernel and upload the weights. Blocks.
+    def prepare(self, layer: Layer, out_dtype: DType, chunk_rows: int) -> None:
+        """Bring the layer here (`Layer.on`): compile or find its kernel and upload the weights. Blocks.
 
         Raises:
+            OptionError: the layer can't be computed here.
             CompileError, DeviceMemoryError, DriverError
         """
 
@@ -151,3 +157,34 @@ def aligned_memory(n_bytes: int) -> HostArray:
     memory = np.empty(n_bytes + 63, np.uint8)
     start = -address_of(memory) % 64
     return memory[start : start + n_bytes]
+
+
+class HostPlace(Place):
+    """Ordinary memory as the place of a layer."""
+
+    kind: ClassVar[str] = "host"
+
+    def __init__(self) -> None:
+        self._arrays: list[HostArray] = []
+
+    def allocate(self, n_bytes: int, what: str) -> int:
+        memory = np.empty(n_bytes + 255, np.uint8)
+        self._arrays.append(memory)
+        return -(-address_of(memory) // 256) * 256
+
+    def upload(self, array: HostArray, what: str) -> int:
+        """Its own address: nothing is copied."""
+        self._arrays.append(array)
+        return address_of(array)
+
+    def upload_rows(self, rows: HostArray, what: str) -> DeviceRows:
+        """The rows themselves: nothing is copied."""
+        return host_rows(rows)
+
+    def read(self, address: int, n_bytes: int) -> bytes:
+        return ctypes.string_at(address, n_bytes)
+
+
+def host_rows(rows: HostArray) -> DeviceRows:
+    """Contiguous host rows for a layer on the host."""
+    return DeviceRows(HOST, address_of(rows), rows.shape[1], len(rows), rows)

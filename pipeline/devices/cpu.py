@@ -13,13 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.arrays import HostArray, address_of, host_tensor
-from pipeline.devices.base import Device, aligned_memory
-from pipeline.dtypes import FLOAT32, DType
+from pipeline.arrays import HostArray
+from pipeline.devices.base import Device, HostPlace, aligned_memory, host_rows
+from pipeline.dtypes import DType
 from pipeline.errors import DeviceMemoryError
 from pipeline.flow import DeviceRows, Operation
-from pipeline.layer.forward import HostWeights
-from pipeline.layer.linear import FusedLinear
+from pipeline.layer.base import DeviceLayer, Layer
 
 _PATIENCE_S = 5e-4, 3.2e-2  # with the copy workers, at first and at most
 # Threads of each engine. Two that queue kernels: cores that are done with one chunk begin with the next.
@@ -93,8 +92,8 @@ def _end_threads(tasks: queue.SimpleQueue[_Task | None], threads: list[threading
 
 
 class CpuDevice(Device):
-    """Computes with torch's CPU matrix product, from and to the caller's arrays where their rows are contiguous; else
-    "H2D" and "D2H" are memory copies into and out of the slots."""
+    """Computes from and to the caller's arrays where their rows are contiguous; else "H2D" and "D2H" are memory copies
+    into and out of the slots."""
 
     name = "cpu"
 
@@ -103,25 +102,27 @@ class CpuDevice(Device):
         self._engines = {stage: _Engine(f"cpu-{stage}", threads) for stage, threads in _ENGINES.items()}
         self._something_done = threading.Event()
         self._patience_s = _PATIENCE_S[0]
+        self._place = HostPlace()
+        self._on_host: DeviceLayer | None = None
         self._last: list[_Task | None] = []
+        self._scratch: list[int] = []  # the layer's own, by slot
         self._inputs: list[HostArray] = []
         self._outputs: list[HostArray] = []
-
-    def now(self) -> float:
-        return time.perf_counter()
 
     def free_bytes(self) -> int | None:
         return free_memory_bytes()
 
-    def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
+    def prepare(self, layer: Layer, out_dtype: DType, chunk_rows: int) -> None:
         self._layer, self._out_dtype = layer, out_dtype
-        self._weights: HostWeights = layer.host_weights()
-        self.runs_as = "ieee" if layer.dtype is FLOAT32 else layer.dtype.name
-        self.kernel = f"torch CPU matrix product, {str(self._weights.compute_dtype).removeprefix('torch.')}"
+        self._on_host = layer.on(self._place, out_dtype, chunk_rows)
+        self.kernel, self.runs_as = self._on_host.kernel, self._on_host.runs_as
 
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
         layer = self._layer
+        assert self._on_host is not None
+        scratch_bytes = self._on_host.slot_bytes(chunk_rows)
         try:
+            self._scratch = [self._place.allocate(scratch_bytes, f"chunk {slot}") for slot in range(num_streams)]
             self._inputs = [_aligned_rows(chunk_rows, layer) for _ in range(num_streams)]
             self._outputs = [
                 np.empty((chunk_rows, layer.out_features), self._out_dtype.carrier) for _ in range(num_streams)
@@ -139,8 +140,7 @@ class CpuDevice(Device):
         return True
 
     def own_rows(self, rows: HostArray) -> DeviceRows | None:
-        address = address_of(rows)
-        return DeviceRows(0, address, rows.shape[1], len(rows), rows)
+        return host_rows(rows)
 
     def _queue(self, stage: str, slot: int, work: Callable[[], None]) -> Operation:
         task = _Task(work, self._last[slot], self._something_done)
@@ -155,10 +155,11 @@ class CpuDevice(Device):
     def compute(
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
-        x = host_tensor(self._inputs[slot][:rows] if source is None else source.owner, self._layer.dtype)
-        y = host_tensor(self._outputs[slot][:rows] if target is None else target.owner, self._out_dtype)
-        scale = self._layer.scaling_factor
-        return self._queue("kernel", slot, lambda: self._weights.forward(x, y, scale, dataset_row))
+        layer, scratch = self._on_host, self._scratch[slot]
+        assert layer is not None
+        x = source or host_rows(self._inputs[slot][:rows])
+        y = target or host_rows(self._outputs[slot][:rows])
+        return self._queue("kernel", slot, lambda: layer.queue(x, y, dataset_row, 0, scratch))
 
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
         return self._queue("D2H", slot, lambda: np.copyto(rows, self._outputs[slot][first : first + len(rows)]))
@@ -181,6 +182,8 @@ class CpuDevice(Device):
         for engine in self._engines.values():
             engine.close()
         self._engines = {}
+        if self._on_host is not None:
+            self._on_host.close()
         self._inputs, self._outputs, self._last = [], [], []
 
 
@@ -193,7 +196,7 @@ def free_memory_bytes() -> int | None:
         return None
 
 
-def _aligned_rows(rows: int, layer: FusedLinear) -> HostArray:
-    """Memory from which the product reads rows as they are (see `HostWeights.forward`)."""
+def _aligned_rows(rows: int, layer: Layer) -> HostArray:
+    """Memory from which a product reads rows as they are (see `HostWeights`)."""
     memory = aligned_memory(rows * layer.in_features * layer.dtype.itemsize)
     return memory.view(layer.dtype.carrier).reshape(rows, layer.in_features)

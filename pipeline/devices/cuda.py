@@ -13,160 +13,33 @@ import functools
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any, TypeVar, cast
 
-import numpy as np
-
 from pipeline.arrays import HostArray, address_of
-from pipeline.config import GIB
 from pipeline.devices.base import Device, NativeCopies
+from pipeline.devices.cuda_events import CudaOperation, EventPool, PlainEvents
+from pipeline.devices.cuda_memory import (
+    CudaMemory,
+    CudaPlace,
+    PitchedRows,
+    is_pinned,
+    is_pinned_here,
+    register,
+    unregister,
+)
 from pipeline.dtypes import DType
-from pipeline.errors import DeviceError, DeviceMemoryError
 from pipeline.flow import DeviceRows, Operation
-from pipeline.kernels.choose import Problem, runs_as
 from pipeline.kernels.driver import call, call_error, check_not_forked, count_gpus, driver
 from pipeline.kernels.launch import Launcher, in_context
-from pipeline.kernels.split import PreparedSplit, SplitRows, is_split, prepare_split_launch
-from pipeline.layer.forward import ALIGNMENT_BYTES
-from pipeline.layer.linear import FusedLinear
+from pipeline.layer.base import ALIGNMENT_BYTES, DeviceLayer, Layer
 
-__all__ = ["CudaDevice", "count_gpus"]
+__all__ = ["CudaDevice", "count_gpus", "is_pinned", "register", "unregister"]
 
-_DRIVER_API = 12000  # the version of the driver's functions that csrc/host/host_lanes.c calls, which are:
+_DRIVER_API = 12000  # the version of the driver's functions that code in C calls, which are:
 _FOR_C = ("cuCtxSetCurrent", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuEventRecord", "cuEventQuery")
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # linux/prctl.h
-# NOTE: times mix two clocks, starts of the host's and ends of the GPU's. Clocks differ by some 1e-5 (not measured
-# here): by 3 us after this long.
-_REBASE_S = 0.25
-
-
-class _Base:
-    """A moment on both clocks: an event, and when it was on the host's."""
-
-    __slots__ = ("event", "host_s", "needed_by")
-
-    def __init__(self, event: Any, host_s: float) -> None:
-        self.event, self.host_s = event, host_s
-        self.needed_by = 0  # operations
-
-
-class _EventPool:
-    """Timing events, reused; and the base that ties their times to the host's clock."""
-
-    def __init__(self, stream: Any) -> None:
-        self._free: deque[Any] = deque()
-        self._all: list[Any] = []
-        self._stream = stream
-        self._record = driver().cuEventRecord
-        self.base = self._new_base()
-        self._old_bases: list[_Base] = []
-
-    def _create(self) -> Any:
-        event = call("cuEventCreate", 0)
-        self._all.append(event)
-        return event
-
-    def _new_base(self) -> _Base:
-        """Of some moments, the one that two readings of the host's clock enclose best."""
-        best: _Base | None = None
-        best_s = float("inf")
-        for _ in range(3):
-            before_s = time.perf_counter()
-            event = self.record(self._stream)
-            call("cuEventSynchronize", event)
-            after_s = time.perf_counter()
-            unused = event
-            if after_s - before_s < best_s:
-                unused = None if best is None else best.event
-                best, best_s = _Base(event, (before_s + after_s) / 2), after_s - before_s
-            if unused is not None:
-                self.release(unused)
-        assert best is not None
-        return best
-
-    def record(self, stream: Any) -> Any:
-        event = self._free.popleft() if self._free else self._create()
-        (code,) = self._record(event, stream)
-        if code != 0:
-            raise call_error("cuEventRecord", code)
-        return event
-
-    def release(self, event: Any) -> None:
-        self._free.append(event)
-
-    def rebase(self) -> None:
-        """Take a new base where this one has aged: the two clocks drift apart, and events are far from it."""
-        if time.perf_counter() - self.base.host_s < _REBASE_S:
-            return
-        self._old_bases.append(self.base)
-        self.base = self._new_base()
-        for base in [base for base in self._old_bases if not base.needed_by]:
-            self._old_bases.remove(base)
-            self.release(base.event)
-
-    def elapsed_s(self, start: Any, end: Any) -> float:
-        return float(call("cuEventElapsedTime", start, end)) * 1e-3
-
-    def close(self) -> None:
-        for event in self._all:
-            driver().cuEventDestroy(event)
-        self._all.clear()
-        self._free.clear()
-
-
-class _CudaOperation:
-    """Work on a stream, up to an event behind it. `what` goes into error messages.
-
-    It started when it was queued, or when the last of `before` ended: what its slot and its engine did before it.
-    NOTE: an event before the work would tell as much, for another 2.5 us of the executor's loop (H200 host: 1.8 to
-    record it, 0.7 to ask for its time): under nsys, kernels started 16 us after such an event, and after the copy that
-    they waited for 17 (H100).
-    """
-
-    __slots__ = ("_base", "_before", "_end", "_pool", "_queued_s", "_stream", "_times", "_what")
-
-    def __init__(self, pool: _EventPool, stream: Any, what: str, queued_s: float, before: list[_CudaOperation]) -> None:
-        self._pool, self._stream, self._what, self._queued_s, self._before = pool, stream, what, queued_s, before
-        self._end = pool.record(stream)
-        self._base = pool.base
-        self._base.needed_by += 1
-        self._times: tuple[float, float] | None = None
-
-    def done(self) -> bool:
-        if self._times is not None:
-            return True
-        api = driver()
-        (code,) = api.cuEventQuery(self._end)
-        if code == api.CUresult.CUDA_ERROR_NOT_READY:
-            return False
-        if code != 0:
-            raise call_error(self._what, code)
-        end_s = self._base.host_s + self._pool.elapsed_s(self._base.event, self._end)
-        starts = [self._queued_s] + [before.times()[1] for before in self._before if before.done()]
-        self._set_times(min(max(starts), end_s), end_s)
-        return True
-
-    def _set_times(self, start_s: float, end_s: float) -> None:
-        """It is done; give back what told it."""
-        self._times = start_s, end_s
-        self._pool.release(self._end)
-        self._base.needed_by -= 1
-        self._before = []
-
-    def hold(self, stream: Any) -> None:
-        """Let what is queued on `stream` from now on wait for this operation."""
-        if self._times is None and stream is not self._stream:
-            call("cuStreamWaitEvent", stream, self._end, 0)
-
-    def times(self) -> tuple[float, float]:
-        if self._times is None:
-            raise DeviceError(f"{self._what} isn't done yet")
-        return self._times
-
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -198,126 +71,61 @@ class CudaDevice(Device):
         self.ordinal = ordinal
         self.name = f"cuda:{ordinal}"
         self.description = f"{self._launcher.name} ({self._launcher.arch})"
-        self._weights: list[int] = []
-        self._buffers: list[int] = []
-        self._pinned: list[int] = []
+        self._layer: DeviceLayer = _Nothing()
+        self._memory = CudaMemory(self.name)
         self._inputs: list[int] = []
         self._outputs: list[int] = []
-        self._w_split: SplitRows | None = None  # of the fp32-accurate kernel: the weights' parts
-        self._x_splits: list[SplitRows] = []
-        self._latest: dict[str | int, _CudaOperation] = {}  # of each engine and of each slot
-        self._kernel_streams: list[Any] = []  # of each slot
-        self._plain_events: list[Any] = []
-        self._slot_events: dict[int, int] = {}  # behind kernels
+        self._scratch: list[int] = []  # the layer's own, by slot
+        self._latest: dict[str | int, CudaOperation] = {}  # by engine and by slot
+        self._kernel_streams: list[Any] = []  # by slot
         with self._current():
-            self._control, self._h2d, self._d2h = (self._new_stream() for _ in range(3))
-            self._events = _EventPool(self._control)
-
-    def _new_stream(self) -> Any:
-        return call("cuStreamCreate", driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
+            self._control, self._h2d, self._d2h = _new_stream(), _new_stream(), _new_stream()
+            self._events, self._plain_events = EventPool(self._control), PlainEvents()
 
     def _current(self) -> AbstractContextManager[None]:
         """This GPU is the calling thread's current one inside."""
         check_not_forked()
         return in_context(self._launcher.context)
 
-    def now(self) -> float:
-        return time.perf_counter()
-
     @_on_this_gpu
     def free_bytes(self) -> int | None:
-        return int(call("cuMemGetInfo")[0])
-
-    def _allocate(self, n_bytes: int, owner: list[int], what: str) -> int:
-        try:
-            address = int(call("cuMemAlloc", max(1, n_bytes)))
-        except DeviceMemoryError as error:
-            raise DeviceMemoryError(
-                f"{what} needs {n_bytes / GIB:.2f} GiB on {self.name}, {(self.free_bytes() or 0) / GIB:.2f} GiB are "
-                f"free; use smaller chunk_rows or num_streams, or free memory on the GPU"
-            ) from error
-        owner.append(address)
-        return address
+        return self._memory.free_bytes()
 
     @_on_this_gpu
-    def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
-        problem = Problem(layer.dtype, out_dtype, layer.precision, layer.in_features, layer.out_features)
-        self.runs_as = runs_as(problem, self._launcher.arch)
-        self._layer, self._problem = layer, problem
-        self._in_row_bytes = layer.in_features * layer.dtype.itemsize
-        self._pitch_bytes = -(-self._in_row_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES  # of rows in device memory
-        self._stride = self._pitch_bytes // layer.dtype.itemsize
-        self._out_row_bytes = layer.out_features * out_dtype.itemsize
-        self.kernel = self._launcher.prepare(problem, chunk_rows, self._stride, self._stride)
-        self._w = self._allocate(layer.out_features * self._pitch_bytes, self._weights, "the weight")
-        self._copy_rows(self._w, layer.weight, self._control)
+    def prepare(self, layer: Layer, out_dtype: DType, chunk_rows: int) -> None:
+        self._itemsize = layer.dtype.itemsize
+        self._rows_in = PitchedRows.aligned(layer.in_features * self._itemsize)
+        self._out_features, self._out_row_bytes = layer.out_features, layer.out_features * out_dtype.itemsize
+        self._layer = layer.on(CudaPlace(self.ordinal, self._memory, self._control), out_dtype, chunk_rows)
         call("cuStreamSynchronize", self._control)
-        self._split_weights()
-        self._bias = 0 if layer.bias is None else self._upload_bias(layer.bias)
-
-    def _split_weights(self) -> None:
-        """For the fp32-accurate kernel: the weights' parts, and a count of the rows that needed exact fp32."""
-        if not is_split(self._launcher, self._problem):
-            return
-        layer = self._layer
-        self._w_split = self._allocate_split(layer.out_features, self._weights, "the weight's parts")
-        self._exact_rows = self._allocate(8, self._weights, "a counter")
-        call("cuMemsetD32Async", self._exact_rows, 0, 2, self._control)
-        split = PreparedSplit(self._launcher, self._w, self._stride, layer.out_features, self._w_split)
-        split.queue(int(self._control))
-        call("cuStreamSynchronize", self._control)
-
-    def _allocate_split(self, rows: int, owner: list[int], what: str) -> SplitRows:
-        unplaced = SplitRows(0, rows, self._layer.in_features)
-        return replace(unplaced, address=self._allocate(unplaced.n_bytes, owner, what))
+        self.kernel, self.runs_as = self._layer.kernel, self._layer.runs_as
 
     @_on_this_gpu
     def exact_rows(self) -> int:
-        if self._w_split is None:
-            return 0
-        count = np.zeros(1, np.uint64)
-        call("cuMemcpyDtoH", count.ctypes.data, self._exact_rows, 8)
-        return int(count[0])
-
-    def _upload_bias(self, array: HostArray) -> int:
-        address = self._allocate(array.nbytes, self._weights, "the bias")
-        call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, self._control)
-        call("cuStreamSynchronize", self._control)
-        return address
+        return self._layer.exact_rows()
 
     @_on_this_gpu
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
+        allocate, scratch_bytes = self._memory.allocate, self._layer.slot_bytes(chunk_rows)
         for slot in range(num_streams):
-            self._inputs.append(self._allocate(chunk_rows * self._pitch_bytes, self._buffers, f"input chunk {slot}"))
-            self._outputs.append(
-                self._allocate(chunk_rows * self._out_row_bytes, self._buffers, f"output chunk {slot}")
-            )
-            if self._w_split is not None:
-                self._x_splits.append(self._allocate_split(chunk_rows, self._buffers, f"parts of chunk {slot}"))
-            self._kernel_streams.append(self._new_stream())
+            self._inputs.append(allocate(chunk_rows * self._rows_in.pitch_bytes, f"input chunk {slot}"))
+            self._outputs.append(allocate(chunk_rows * self._out_row_bytes, f"output chunk {slot}"))
+            self._scratch.append(allocate(scratch_bytes, f"parts of chunk {slot}") if scratch_bytes else 0)
+            self._kernel_streams.append(_new_stream())
 
     @_on_this_gpu
     def pinned(self, n_bytes: int) -> HostArray:
-        address = int(call("cuMemHostAlloc", max(1, n_bytes), driver().CU_MEMHOSTALLOC_PORTABLE))
-        self._pinned.append(address)
-        return _memory_at(address, n_bytes)
+        return self._memory.pinned(n_bytes)
 
     @_on_this_gpu
     def free_pinned(self, memory: HostArray) -> None:
-        address = address_of(memory)
-        self._pinned.remove(address)
-        call("cuMemFreeHost", address)
+        self._memory.free_pinned(memory)
 
     @_on_this_gpu
     def in_place(self, rows: HostArray) -> bool:
         """Whether the first and the last byte of `rows` are pinned memory, as the driver knows it."""
         first = address_of(rows)
-        return _is_pinned(first) and _is_pinned(first + rows.nbytes - 1)
-
-    @property
-    def _streams(self) -> list[Any]:
-        """Those that operations of slots are queued on."""
-        return [self._h2d, self._d2h, *self._kernel_streams]
+        return is_pinned_here(first) and is_pinned_here(first + rows.nbytes - 1)
 
     def _queue(self, slot: int, engine: str, stream: Any, queue: Callable[[], None]) -> Operation:
         """Let `queue` queue an engine's work on the stream, behind the slot's latest operation; an event after it."""
@@ -326,70 +134,28 @@ class CudaDevice(Device):
             latest[slot].hold(stream)
         queue()
         before = [latest[key] for key in (engine, slot) if key in latest]
-        operation = _CudaOperation(self._events, stream, f"{engine} of slot {slot}", queued_s, before)
+        operation = CudaOperation(self._events, stream, f"{engine} of slot {slot}", queued_s, before)
         latest[engine] = latest[slot] = operation
         return operation
 
     def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
-        target = self._inputs[slot] + first * self._pitch_bytes
-        return self._queue(slot, "H2D copy", self._h2d, lambda: self._copy_rows(target, rows, self._h2d))
-
-    def _copy_rows(self, target: int, rows: HostArray, stream: Any) -> None:
-        """Queue a copy of contiguous host rows to rows `_pitch_bytes` apart."""
-        source = address_of(rows)
-        if self._pitch_bytes == self._in_row_bytes:
-            call("cuMemcpyHtoDAsync", target, source, rows.nbytes, stream)
-            return
-        copy = driver().CUDA_MEMCPY2D()
-        copy.srcMemoryType = driver().CUmemorytype.CU_MEMORYTYPE_HOST
-        copy.srcHost, copy.srcPitch = source, self._in_row_bytes
-        self._copy_2d(copy, target, rows.nbytes // self._in_row_bytes, stream)
-
-    def _copy_2d(self, copy: Any, target: int, rows: int, stream: Any) -> None:
-        copy.dstMemoryType = driver().CUmemorytype.CU_MEMORYTYPE_DEVICE
-        copy.dstDevice, copy.dstPitch = target, self._pitch_bytes
-        copy.WidthInBytes, copy.Height = self._in_row_bytes, rows
-        call("cuMemcpy2DAsync", copy, stream)
-
-    def _align_rows(self, target: int, source: DeviceRows, stride_bytes: int, rows: int, stream: Any) -> None:
-        """Queue a copy of rows in device memory to where the fastest kernel can read them."""
-        copy = driver().CUDA_MEMCPY2D()
-        copy.srcMemoryType = driver().CUmemorytype.CU_MEMORYTYPE_DEVICE
-        copy.srcDevice, copy.srcPitch = source.address, stride_bytes
-        self._copy_2d(copy, target, rows, stream)
+        target = self._inputs[slot] + first * self._rows_in.pitch_bytes
+        return self._queue(slot, "H2D copy", self._h2d, lambda: self._rows_in.copy_in(target, rows, self._h2d))
 
     def compute(
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
-        layer, stream = self._layer, self._kernel_streams[slot]
-        x, x_stride = self._inputs[slot], self._stride
-        stride_bytes = 0 if source is None else source.stride * layer.dtype.itemsize
-        aligned = source is None or (source.address | stride_bytes) % ALIGNMENT_BYTES == 0
-        if source is not None and aligned:
-            x, x_stride = source.address, source.stride
-        operands: dict[str, Any] = {
-            "rows": rows,
-            "x": x,
-            "x_stride": x_stride,
-            "w": self._w,
-            "w_stride": self._stride,
-            "bias": self._bias,
-            "y": self._outputs[slot] if target is None else target.address,
-            "y_stride": layer.out_features if target is None else target.stride,
-            "scaling_factor": layer.scaling_factor,
-        }
-
-        if self._w_split is None:
-            launch = functools.partial(self._launcher.launch, int(stream), self._problem, **operands)
-        else:
-            operands["x_split"], operands["w_split"] = self._x_splits[slot], self._w_split
-            prepared = prepare_split_launch(self._launcher, self._problem, **operands, total_wide=self._exact_rows)
-            launch = functools.partial(prepared.queue, int(stream))
+        stream, scratch = self._kernel_streams[slot], self._scratch[slot]
+        x = DeviceRows(self.ordinal, self._inputs[slot], self._rows_in.pitch_bytes // self._itemsize, rows, None)
+        y = target or DeviceRows(self.ordinal, self._outputs[slot], self._out_features, rows, None)
+        pitch_bytes = 0 if source is None else source.stride * self._itemsize
+        if source is not None and (source.address | pitch_bytes) % ALIGNMENT_BYTES == 0:
+            x, source = source, None
 
         def queue() -> None:
-            if source is not None and not aligned:
-                self._align_rows(x, source, stride_bytes, rows, stream)
-            launch()
+            if source is not None:  # to where the fastest kernel can read the rows
+                self._rows_in.copy_on_device(x.address, source.address, pitch_bytes, rows, stream)
+            self._layer.queue(x, y, dataset_row, int(stream), scratch)
 
         return self._queue(slot, "kernel", stream, queue)
 
@@ -399,36 +165,30 @@ class CudaDevice(Device):
         return self._queue(slot, "D2H copy", self._d2h, copy)
 
     def native_copies(self) -> NativeCopies | None:
-        if self._pitch_bytes != self._in_row_bytes:  # rows that no single copy can move
+        if not self._rows_in.packed:  # rows that no single copy can move
             return None
+
+        def new_event() -> int:
+            with self._current():
+                return self._plain_events.new()
+
         return NativeCopies(
             functions=tuple(map(_function, _FOR_C)),
             context=int(self._launcher.context),
             in_stream=int(self._h2d),
             out_stream=int(self._d2h),
-            new_event=self._new_plain_event,
+            new_event=new_event,
             input=self._inputs.__getitem__,
             output=self._outputs.__getitem__,
             before_kernel=lambda slot, event: call("cuStreamWaitEvent", self._kernel_streams[slot], event, 0),
-            after_kernel=self._after_kernel,
+            after_kernel=lambda slot: self._plain_events.after_kernel(slot, self._kernel_streams[slot]),
             error=lambda what, code: call_error(what, driver().CUresult(code)),
         )
 
-    @_on_this_gpu
-    def _new_plain_event(self) -> int:
-        """An event without a time, which lives as long as the device."""
-        self._plain_events.append(call("cuEventCreate", driver().CUevent_flags.CU_EVENT_DISABLE_TIMING))
-        return int(self._plain_events[-1])
-
-    def _after_kernel(self, slot: int) -> int:
-        """An event behind the slot's last kernel, one for each slot."""
-        if slot not in self._slot_events:
-            self._slot_events[slot] = self._new_plain_event()
-        call("cuEventRecord", self._slot_events[slot], self._kernel_streams[slot])
-        return self._slot_events[slot]
-
     def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
-        probe = _CopiesOnly(self.ordinal, row_bytes)
+        probe = CudaDevice(self.ordinal)  # whose layer does nothing
+        probe._itemsize, probe._rows_in = 1, PitchedRows(row_bytes, row_bytes)
+        probe._out_features = probe._out_row_bytes = row_bytes
         try:
             probe.allocate(chunk_rows, num_streams)
         except BaseException:
@@ -441,7 +201,7 @@ class CudaDevice(Device):
         import torch
 
         event = self._events.record(torch.cuda.current_stream(tensor.device).cuda_stream)
-        for stream in self._streams:
+        for stream in (self._h2d, self._d2h, *self._kernel_streams):
             call("cuStreamWaitEvent", stream, event, 0)
         self._events.release(event)  # the streams wait for what it recorded, however it is used next
 
@@ -449,17 +209,17 @@ class CudaDevice(Device):
     def running(self) -> Iterator[None]:
         """This GPU is current, and short sleeps are short."""
         with self._current(), _short_sleeps():
-            self._events.rebase()
+            self._events.renew_anchor()
             yield
 
     def idle(self) -> None:
-        self._events.rebase()
+        self._events.renew_anchor()
         time.sleep(5e-6)
 
     @_on_this_gpu
     def synchronize(self) -> None:
         try:
-            for stream in self._streams:
+            for stream in (self._h2d, self._d2h, *self._kernel_streams):
                 call("cuStreamSynchronize", stream)
         finally:
             self._latest.clear()
@@ -468,42 +228,35 @@ class CudaDevice(Device):
         """Free everything. Errors of the driver are of no use any more and are not raised: a lost GPU frees nothing."""
         if os.getpid() != self._pid or self._control is None:
             return
-        with self._current():
-            self._free_all()
-
-    def _free_all(self) -> None:
         api = driver()
-        for stream in [*self._streams, self._control]:
-            api.cuStreamSynchronize(stream)
-            api.cuStreamDestroy(stream)
-        self._events.close()
-        for event in self._plain_events:
-            api.cuEventDestroy(event)
-        for address in self._weights + self._buffers:
-            api.cuMemFree(address)
-        for address in self._pinned:
-            api.cuMemFreeHost(address)
-        self._control = None
-        self._kernel_streams, self._weights, self._buffers, self._pinned = [], [], [], []
-        self._inputs, self._outputs, self._x_splits, self._plain_events = [], [], [], []
+        with self._current():
+            for stream in (self._h2d, self._d2h, *self._kernel_streams, self._control):
+                api.cuStreamSynchronize(stream)
+                api.cuStreamDestroy(stream)
+            self._events.close()
+            self._plain_events.close()
+            self._layer.close()
+            self._memory.close()
+        self._control, self._layer = None, _Nothing()
+        self._kernel_streams, self._inputs, self._outputs, self._scratch = [], [], [], []
 
 
-class _CopiesOnly(CudaDevice):
-    """The same GPU with kernels that do nothing."""
+class _Nothing(DeviceLayer):
+    """The layer of a device that has none: its kernels do nothing."""
 
-    def __init__(self, ordinal: int, row_bytes: int) -> None:
-        super().__init__(ordinal)
-        self._in_row_bytes = self._out_row_bytes = self._pitch_bytes = row_bytes
+    kernel, runs_as = "", ""
 
-    def compute(
-        self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
-    ) -> Operation:
-        return self._queue(slot, "kernel", self._kernel_streams[slot], lambda: None)
+    def queue(self, x: DeviceRows, y: DeviceRows, first_row: int, stream: int, scratch: int) -> None:
+        pass
+
+
+def _new_stream() -> Any:
+    return call("cuStreamCreate", driver().CUstream_flags.CU_STREAM_NON_BLOCKING)
 
 
 @contextmanager
 def _short_sleeps() -> Iterator[None]:
-    """By default Linux lets a thread sleep for 50 us longer than it asks for."""
+    """Let threads wake when they ask for: Linux may add a slack of many microseconds."""
     prctl = _prctl()
     if prctl is None:
         yield
@@ -531,52 +284,3 @@ def _function(name: str) -> int:
     """The address of a function of the driver's."""
     address, _ = call("cuGetProcAddress", name.encode(), _DRIVER_API, 0)
     return int(address)
-
-
-def is_pinned(address: int) -> bool:
-    """Whether the host memory at `address` is pinned, as the driver knows it."""
-    with in_context(Launcher.for_device(0).context):
-        return _is_pinned(address)
-
-
-def _is_pinned(address: int) -> bool:
-    api = driver()
-    code, kind = api.cuPointerGetAttribute(api.CUpointer_attribute.CU_POINTER_ATTRIBUTE_MEMORY_TYPE, address)
-    if code == api.CUresult.CUDA_ERROR_INVALID_VALUE:  # memory that CUDA doesn't know: pageable
-        return False
-    if code != 0:
-        raise call_error("cuPointerGetAttribute", code)
-    return bool(int(kind) == int(api.CUmemorytype.CU_MEMORYTYPE_HOST))
-
-
-def register(address: int, n_bytes: int, *, read_only: bool) -> None:
-    """Pin the caller's host memory for all GPUs, until `unregister`. Blocks.
-
-    Raises:
-        DriverError: the driver refused.
-    """
-    with in_context(Launcher.for_device(0).context):
-        api = driver()
-        flags = api.CU_MEMHOSTREGISTER_PORTABLE | (api.CU_MEMHOSTREGISTER_READ_ONLY if read_only else 0)
-        (code,) = api.cuMemHostRegister(address, n_bytes, flags)
-    if code != 0:
-        error = call_error(f"pinning {n_bytes / GIB:.2f} GiB of {'read-only ' if read_only else ''}host memory", code)
-        error.add_note(
-            "pipeline: writable maps of files can't be pinned, nor can memory that shares a page with memory pinned "
-            "before; ulimit -l may limit locked memory. Without pin() it is staged"
-        )
-        raise error
-
-
-def unregister(address: int) -> None:
-    """End what `register` did. Nothing may be using the memory any more.
-
-    Raises:
-        DriverError: the driver refused.
-    """
-    with in_context(Launcher.for_device(0).context):
-        call("cuMemHostUnregister", address)
-
-
-def _memory_at(address: int, n_bytes: int) -> HostArray:
-    return np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(address))

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.arrays import HostArray, host_tensor
-from pipeline.devices.base import Device, aligned_memory
-from pipeline.dtypes import FLOAT32, DType
+from pipeline.arrays import HostArray
+from pipeline.devices.base import Device, HostPlace, aligned_memory, host_rows
+from pipeline.dtypes import DType
 from pipeline.errors import DriverError
 from pipeline.flow import DeviceRows, Job, Operation, Workers
-from pipeline.layer.linear import FusedLinear
+from pipeline.layer.base import DeviceLayer, Layer
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class SimDevice(Device):
         self._fail = dict(fail or {})
         self._counts = dict.fromkeys(self._engines, 0)
         self._pinned: list[HostArray] = []
+        self._place = HostPlace()
+        self._scratch: list[int] = []  # the layer's own, by slot
         self._slot_free_at_s: list[float] = []
         self._inputs: list[HostArray] = []
         self._outputs: list[HostArray] = []
@@ -148,16 +150,16 @@ class SimDevice(Device):
     def free_bytes(self) -> int | None:
         return None
 
-    def prepare(self, layer: FusedLinear, out_dtype: DType, chunk_rows: int) -> None:
+    def prepare(self, layer: Layer, out_dtype: DType, chunk_rows: int) -> None:
         self._layer, self._out_dtype = layer, out_dtype
-        self._weights = layer.host_weights()
-        self.runs_as = "ieee" if layer.dtype is FLOAT32 else layer.dtype.name
-        self.kernel = "simulated kernel"
+        self._on_host: DeviceLayer = layer.on(self._place, out_dtype, chunk_rows)
+        self.kernel, self.runs_as = "simulated kernel", self._on_host.runs_as
 
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
-        layer = self._layer
+        layer, scratch_bytes = self._layer, self._on_host.slot_bytes(chunk_rows)
         self._inputs = [_poisoned(chunk_rows, layer.in_features, layer.dtype) for _ in range(num_streams)]
         self._outputs = [_poisoned(chunk_rows, layer.out_features, self._out_dtype) for _ in range(num_streams)]
+        self._scratch = [self._place.allocate(scratch_bytes, f"chunk {slot}") for slot in range(num_streams)]
         self._slot_free_at_s = [0.0] * num_streams
 
     def pinned(self, n_bytes: int) -> HostArray:
@@ -192,12 +194,11 @@ class SimDevice(Device):
     def compute(
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
-        layer, x, y = self._layer, self._inputs[slot][:rows], self._outputs[slot][:rows]
+        layer, scratch = self._layer, self._scratch[slot]
+        x, y = self._inputs[slot][:rows], self._outputs[slot][:rows]
 
         def work() -> None:
-            self._weights.forward(
-                host_tensor(x, layer.dtype), host_tensor(y, self._out_dtype), layer.scaling_factor, dataset_row
-            )
+            self._on_host.queue(host_rows(x), host_rows(y), dataset_row, 0, scratch)
 
         seconds = 2 * rows * layer.in_features * layer.out_features / self.hardware.flop_rate
         return self._queue("kernel", slot, seconds, y, work)

@@ -13,7 +13,7 @@ from pipeline.errors import DTypeError, InputError, OptionError
 from pipeline.flow import Chunk, DeviceRows, PlainRows, Sink, Source, SourceRows, Span, TargetRows
 from pipeline.io.mapped import is_in_file, memmap_of, open_map, open_map_sink, open_map_source
 from pipeline.io.registry import SinkRequest, SourceRequest
-from pipeline.layer.forward import check_gpu_layout, check_gpu_out, check_out
+from pipeline.layer.checks import check_gpu_layout, check_gpu_out, check_out
 
 
 class ArrayRows(SourceRows, TargetRows):

@@ -21,7 +21,7 @@ from pipeline.arrays import HostArray
 from pipeline.dtypes import Cast, DType, cast_between
 from pipeline.errors import OptionError, PipelineError
 from pipeline.flow import BatchResult, Sink, Source
-from pipeline.layer.forward import check_dtype, check_rows
+from pipeline.layer.checks import check_dtype, check_rows
 
 _BUILT_IN = {  # modules with `open_source`, `open_sink` or both, and the suffixes and types that these open
     "pipeline.io.memory": ("numpy.ndarray", "torch.Tensor"),

@@ -1,7 +1,7 @@
 """Compiles a kernel variant with NVRTC to a cubin, and keeps cubins in a cache directory of the user's own.
 
-Compiling needs no GPU and no driver. The cache is keyed by source, headers, options and compiler version; each entry
-carries a digest, so a damaged one is compiled again.
+Compiling needs no GPU and no driver. The cache is keyed by source (of which the epilogue's is a part), headers, options
+and compiler version; each entry carries a digest, so a damaged one is compiled again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.config import cache_dir
 from pipeline.errors import CompileError, DeviceError
-from pipeline.kernels.choose import Variant
+from pipeline.kernels.variant import Variant
 
 _CUDA_HEADERS = ("cuda_bf16.h", "cuda_bf16.hpp", "cuda_fp16.h", "cuda_fp16.hpp")
 _DIGEST_BYTES = hashlib.sha256().digest_size
@@ -73,7 +73,7 @@ def _header_digest(*folders: Path) -> bytes:
     """A digest of every file a kernel may include. Computed once a process: sources don't change under a run."""
     csrc, cuda = folders
     digest = hashlib.sha256()
-    for path in [*sorted(csrc.glob("*.cu*")), *(cuda / name for name in _CUDA_HEADERS)]:
+    for path in [*sorted(csrc.glob("*.cuh")), *(cuda / name for name in _CUDA_HEADERS)]:
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.digest()
 
@@ -115,8 +115,8 @@ def compile_source(source: str, arch: str, include_dirs: tuple[Path, ...]) -> Co
 def _program_options(arch: str, include_dirs: tuple[Path, ...]) -> Any:
     from cuda.core import ProgramOptions
 
-    # NOTE: where there is a GPU, NVRTC keeps a cache of its own, and its hits come without ptxas's report: seen with
-    # NVRTC 13.0.88 on an H200, where the compile tests failed after other tests had compiled the same kernels.
+    # NOTE: where there is a GPU, NVRTC keeps a cache of its own, and its hits come without ptxas's report
+    # (docs/notes/kernels.md).
     return ProgramOptions(
         arch=arch,
         std="c++17",

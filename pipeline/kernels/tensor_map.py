@@ -6,13 +6,14 @@ import ctypes
 import functools
 from typing import Any
 
-from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, DType
+from pipeline.dtypes import DType
 from pipeline.errors import ShapeError
 from pipeline.kernels.driver import call_error, driver
+from pipeline.kernels.fused_linear import Matrix
 
 BOX_BYTES = 128  # a box's width: the span of the swizzle
 TENSOR_MAP_BYTES = 128
-_ALIGNMENT_BYTES = 64
+TENSOR_MAP_ALIGNMENT = 64  # bytes
 _MAX_STRIDE_BYTES = 2**40 - 16
 
 
@@ -37,32 +38,27 @@ def _encoder() -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def tensor_map(
-    address: int, dtype: DType, rows: int, columns: int, stride_bytes: int, box_rows: int, as_tf32: bool = False
-) -> TensorMap:
-    """The map of a row-major matrix (rows, columns) for boxes of `box_rows` rows x 128 bytes, 128-byte swizzle.
+def tensor_map(matrix: Matrix, dtype: DType, box_rows: int, as_tf32: bool = False) -> TensorMap:
+    """The map of a row-major matrix for boxes of `box_rows` rows x 128 bytes, 128-byte swizzle.
 
-    `address` and `stride_bytes` are multiples of 16. Boxes reach past the matrix: zeros are read there and nothing is
-    written. `as_tf32` rounds fp32 to tf32 on the way in. Results are cached: don't change them.
+    Its address and its stride in bytes are multiples of 16. Boxes reach past the matrix: zeros are read there and
+    nothing is written. `as_tf32` rounds fp32 to tf32 on the way in. Results are cached: don't change them.
 
     Raises:
         ShapeError: a stride beyond what a map holds.
         DriverError: the driver refused the map.
     """
+    address, rows, columns, stride = matrix
+    stride_bytes = stride * dtype.itemsize
     if stride_bytes > _MAX_STRIDE_BYTES:
         raise ShapeError(f"row stride is {stride_bytes} bytes, tensor maps hold {_MAX_STRIDE_BYTES}; copy the data")
     enums = driver()
-    types = enums.CUtensorMapDataType
-    kinds = {
-        BFLOAT16: types.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        FLOAT16: types.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        FLOAT32: types.CU_TENSOR_MAP_DATA_TYPE_TFLOAT32 if as_tf32 else types.CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
-    }
-    memory = ctypes.create_string_buffer(TENSOR_MAP_BYTES + _ALIGNMENT_BYTES)
-    aligned = -(-ctypes.addressof(memory) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    kind = "TFLOAT32" if as_tf32 else dtype.tensor_map_name
+    memory = ctypes.create_string_buffer(TENSOR_MAP_BYTES + TENSOR_MAP_ALIGNMENT)
+    aligned = -(-ctypes.addressof(memory) // TENSOR_MAP_ALIGNMENT) * TENSOR_MAP_ALIGNMENT
     code = _encoder()(
         aligned,
-        int(kinds[dtype]),
+        int(getattr(enums.CUtensorMapDataType, f"CU_TENSOR_MAP_DATA_TYPE_{kind}")),
         2,
         address,
         ctypes.byref((ctypes.c_uint64 * 2)(columns, rows)),

@@ -25,16 +25,19 @@ _lock = threading.Lock()
 _pools: dict[int, _Pool] = {}  # by process: threads don't live on in a forked one
 
 
-def each(compute: Callable[[_Task], None], tasks: Iterable[_Task], threads: int) -> None:
+def each(
+    compute: Callable[[_Task], None], tasks: Iterable[_Task], threads: int, *, one_torch_thread: bool = False
+) -> None:
     """compute(task) for each of `tasks`, in up to `threads` threads and any order. Blocks until all is done.
 
-    A single one, or a single thread, stays in the calling thread, if MKL can be set to one thread meanwhile. Raises
-    the first exception of `compute`; tasks that had begun are finished before.
+    A single one, or a single thread, stays in the calling thread, if MKL can be set to one thread meanwhile; but not
+    where all of torch, not MKL alone, must have `one_torch_thread`. Raises the first exception of `compute`; tasks that
+    had begun are finished before.
     """
     waiting = list(tasks)
     threads = min(threads, len(waiting), cores())
     set_mkl_threads = _mkl_threads()
-    if threads <= 1 and set_mkl_threads is not None:
+    if threads <= 1 and set_mkl_threads is not None and not one_torch_thread:
         before = set_mkl_threads(1)
         try:
             for task in waiting:

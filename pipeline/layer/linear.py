@@ -1,4 +1,4 @@
-"""The fused layer with its weights, and one in-memory batch of it."""
+"""The fused layer with its weights: its formula and reference, and one in-memory batch of it."""
 
 from __future__ import annotations
 
@@ -11,41 +11,43 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.arrays import HostArray, empty_like, host_tensor, host_view, is_cuda, is_torch, shape_of
-from pipeline.dtypes import DType, parse_dtype, parse_precision
-from pipeline.errors import DTypeError, FileFormatError, InputError, OptionError, ShapeError
-from pipeline.layer.forward import (
-    HostWeights,
-    SplitLaunch,
-    check_dtype,
-    check_gpu_out,
-    check_out,
-    check_rows,
-    check_scaling_factor,
-    check_weights,
-    launch_on_gpu,
-    prepare_on_gpu,
-    reference,
-    rows_for_kernel,
-    split_on_gpu,
+from pipeline.arrays import (
+    HostArray,
+    empty_like,
+    host_tensor,
+    host_view,
+    is_cuda,
+    is_torch,
+    shape_of,
+    to_float64,
 )
+from pipeline.dtypes import DType, parse_dtype, parse_precision
+from pipeline.epilogues.base import Epilogue
+from pipeline.epilogues.sigmoid_scale_residual import SigmoidScaleResidual, check_scaling_factor
+from pipeline.errors import DTypeError, FileFormatError, InputError, OptionError, ShapeError
+from pipeline.layer.base import DeviceLayer, Layer, Place
+from pipeline.layer.checks import check_gpu_out, check_out, check_rows, check_weights
+from pipeline.layer.host import HostLayer, HostWeights
 
 if TYPE_CHECKING:
     import torch
 
     from pipeline.kernels.launch import PreparedLaunch
+    from pipeline.layer.gpu import TensorWeights, _ScratchLaunch
 
 _MAX_LAUNCHES = 1024  # prepared ones that a layer keeps
 
 
-class FusedLinear:
-    """The fused layer with its weights: `y = scaling_factor * sigmoid(z) + z`, `z = x @ weight.T + bias`.
+class FusedLinear(Layer):
+    """The fused layer with its weights: `y = epilogue(z)`, `z = x @ weight.T + bias`.
 
     Args:
         weight: (out_features, in_features), NumPy array or torch tensor; float32, bfloat16, float16, or float64
             (CPU only).
         bias: (out_features,) of the weight's element type, or None for no bias.
-        scaling_factor: one finite number.
+        scaling_factor: short for `epilogue=SigmoidScaleResidual(scaling_factor)`, which makes the layer
+            `y = scaling_factor * sigmoid(z) + z`: one finite number.
+        epilogue: what follows the product in the same kernel, in fp32.
         precision: for float32 weights "fp32" (the default: fp32 accuracy, on Hopper GPUs from fp16 tensor cores),
             "ieee" (float32 FMA on CUDA cores) or "tf32" (tensor cores, about 2e-4 relative); other types have one
             precision of their own. Reports say which ran.
@@ -58,23 +60,30 @@ class FusedLinear:
     """
 
     def __init__(
-        self, weight: Any, bias: Any = None, scaling_factor: float = 1.0, *, precision: str | None = None
+        self,
+        weight: Any,
+        bias: Any = None,
+        scaling_factor: float = 1.0,
+        *,
+        epilogue: Epilogue | None = None,
+        precision: str | None = None,
     ) -> None:
         expected = "a NumPy array or a torch tensor; FusedLinear.from_file reads files, from_linear takes a Linear"
         check_weights(shape_of(weight, "weight", expected), None if bias is None else shape_of(bias, "bias", expected))
-        self.scaling_factor = check_scaling_factor(scaling_factor)
-        self.weight, self.dtype = _own_weights(weight, "weight")
+        self.epilogue = _chosen_epilogue(scaling_factor, epilogue)
+        self.weight, dtype = _own_weights(weight, "weight")
         self.bias: HostArray | None = None
         if bias is not None:
             self.bias, bias_dtype = _own_weights(bias, "bias")
-            if bias_dtype is not self.dtype:
-                raise DTypeError(f"bias is {bias_dtype}, the weight is {self.dtype}: convert one of them")
-        self.precision = parse_precision(precision, self.dtype)
-        self.out_features, self.in_features = self.weight.shape
+            if bias_dtype is not dtype:
+                raise DTypeError(f"bias is {bias_dtype}, the weight is {dtype}: convert one of them")
+        out_features, in_features = self.weight.shape
+        super().__init__(in_features, out_features, dtype, precision)
+        self.epilogue.check(out_features)
         self._lock = threading.Lock()
         self._host_weights: HostWeights | None = None
-        self._gpu_weights: dict[int, tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]] = {}
-        self._launches: dict[tuple[Any, ...], PreparedLaunch | SplitLaunch | None] = {}
+        self._gpu_weights: dict[int, TensorWeights] = {}
+        self._launches: dict[tuple[Any, ...], PreparedLaunch | _ScratchLaunch | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """The weights and options, for pickle and copy; the caches of devices are made again."""
@@ -84,14 +93,33 @@ class FusedLinear:
         self.__dict__.update(state, _lock=threading.Lock())
 
     def __repr__(self) -> str:
+        epilogue = self.epilogue
+        short = isinstance(epilogue, SigmoidScaleResidual)
         return (
             f"FusedLinear({self.in_features} -> {self.out_features}, {self.dtype}, bias={self.bias is not None}, "
-            f"scaling_factor={self.scaling_factor}, precision={self.precision!r})"
+            f"{f'scaling_factor={self.scaling_factor}' if short else f'epilogue={epilogue!r}'}, "
+            f"precision={self.precision!r})"
         )
+
+    @property
+    def scaling_factor(self) -> float:
+        """That of a layer with the epilogue SigmoidScaleResidual.
+
+        Raises:
+            AttributeError: the layer has another epilogue.
+        """
+        if not isinstance(self.epilogue, SigmoidScaleResidual):
+            raise AttributeError(f"a layer with the epilogue {self.epilogue.name} has no scaling_factor")
+        return self.epilogue.scaling_factor
 
     @classmethod
     def from_linear(
-        cls, linear: torch.nn.Linear, scaling_factor: float = 1.0, *, precision: str | None = None
+        cls,
+        linear: torch.nn.Linear,
+        scaling_factor: float = 1.0,
+        *,
+        epilogue: Epilogue | None = None,
+        precision: str | None = None,
     ) -> FusedLinear:
         """The layer with a `torch.nn.Linear`'s weight and bias (copied to the host if they are on a GPU).
 
@@ -103,11 +131,16 @@ class FusedLinear:
                 f"linear is a {type(linear).__name__}, expected a torch.nn.Linear; FusedLinear(weight, bias) takes "
                 f"arrays and tensors"
             )
-        return cls(linear.weight, linear.bias, scaling_factor, precision=precision)
+        return cls(linear.weight, linear.bias, scaling_factor, epilogue=epilogue, precision=precision)
 
     @classmethod
     def from_file(
-        cls, path: str | os.PathLike[str], scaling_factor: float = 1.0, *, precision: str | None = None
+        cls,
+        path: str | os.PathLike[str],
+        scaling_factor: float = 1.0,
+        *,
+        epilogue: Epilogue | None = None,
+        precision: str | None = None,
     ) -> FusedLinear:
         """The layer with the tensors `weight` and, if there, `bias` of a .safetensors file.
 
@@ -120,7 +153,7 @@ class FusedLinear:
         """
         weight, bias = _read_safetensors(path)
         try:
-            return cls(weight, bias, scaling_factor, precision=precision)
+            return cls(weight, bias, scaling_factor, epilogue=epilogue, precision=precision)
         except (ShapeError, DTypeError) as error:
             error.add_note(f"pipeline: in {path}")
             raise
@@ -139,7 +172,20 @@ class FusedLinear:
         weight, bias = self.weight, self.bias
         if self.dtype.widen is not None:
             weight, bias = self.dtype.widen(weight), None if bias is None else self.dtype.widen(bias)
-        return reference(x, weight, bias, self.scaling_factor)
+        z = to_float64(x, "x") @ to_float64(weight, "weight").T
+        if bias is not None:
+            z += to_float64(bias, "bias")
+        return self.epilogue.numpy(z)
+
+    def on(self, place: Place, out_dtype: DType, chunk_rows: int) -> DeviceLayer:
+        """The layer at a place: see `Layer.on`."""
+        if place.kind == "host":
+            return HostLayer(self.host_weights(), self.dtype, out_dtype)
+        if place.kind == "cuda":
+            from pipeline.layer.gpu import GpuLayer
+
+            return GpuLayer(self, place, out_dtype, chunk_rows)
+        raise OptionError(f"a FusedLinear can't be computed at a place of the kind {place.kind!r}")
 
     def __call__(self, x: Any, *, out: Any = None) -> Any:
         """The layer of one in-memory batch, computed where the batch is.
@@ -179,7 +225,7 @@ class FusedLinear:
             raise OptionError("out overlaps x; pass other memory, the layer can't run in place")
         native = array if array.dtype.isnative else array.astype(dtype.carrier)
         y = np.empty(out_array.shape, out_dtype.carrier)
-        self.host_weights().forward(host_tensor(native, dtype), host_tensor(y, out_dtype), self.scaling_factor)
+        self.host_weights().forward(host_tensor(native, dtype), host_tensor(y, out_dtype))
         np.copyto(out_array, y)
         return out
 
@@ -191,7 +237,7 @@ class FusedLinear:
         if isinstance(out, torch.Tensor):
             x_layout = (x.data_ptr(), x.shape, x.stride(), x.dtype, x.get_device())
             out_layout = (out.data_ptr(), out.shape, out.stride(), out.dtype, out.get_device())
-            key = (x_layout, out_layout, self.scaling_factor, self.precision)
+            key = (x_layout, out_layout, self.epilogue, self.precision)
             launch = self._launches.get(key)
             if launch is not None:
                 launch.queue(torch.cuda.current_stream(x_layout[-1]).cuda_stream)
@@ -202,44 +248,62 @@ class FusedLinear:
             out = torch.empty((x.shape[0], self.out_features), dtype=x.dtype, device=x.device)
         else:
             check_gpu_out(x, out, self.out_features)
-        weight, bias, split = self.gpu_weights(x.device.index)
-        arguments = (weight, bias, self.scaling_factor, self.precision, out)
-        rows = rows_for_kernel(x.detach())
-        launch_on_gpu(rows, *arguments, split)
+        weights = self.gpu_weights(x.device.index)
+        from pipeline.layer.gpu import rows_for_kernel
+
+        with torch.cuda.device(x.device.index):  # for the copies that torch makes
+            rows = rows_for_kernel(x.detach())
+            launch = weights.prepare(rows, out)
+            if launch is not None:
+                launch.queue(torch.cuda.current_stream(x.device.index).cuda_stream)
         if key and rows.data_ptr() == x.data_ptr():
             if len(self._launches) >= _MAX_LAUNCHES:
                 self._launches.clear()
-            self._launches[key] = prepare_on_gpu(rows, *arguments, split)
+            self._launches[key] = launch
         return out
-
-    def check_dtype(self, dtype: DType, what: str = "x", remedy: str = "") -> None:
-        """Check an element type against the layer's; `remedy` is what the message says to do.
-
-        Raises:
-            DTypeError: `dtype` isn't the layer's.
-        """
-        check_dtype(dtype, self.dtype, what, remedy)
 
     def host_weights(self) -> HostWeights:
         """The weights as the CPU computes with them, made once."""
         with self._lock:
             if self._host_weights is None:
                 bias = None if self.bias is None else host_tensor(self.bias, self.dtype)
-                self._host_weights = HostWeights(host_tensor(self.weight, self.dtype), bias)
+                self._host_weights = HostWeights(host_tensor(self.weight, self.dtype), bias, self.epilogue)
             return self._host_weights
 
-    def gpu_weights(self, ordinal: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Weight, bias and split weight (`split_on_gpu`) as tensors on GPU `ordinal`, made once."""
+    def gpu_weights(self, ordinal: int) -> TensorWeights:
+        """The weights on GPU `ordinal`, made once."""
         import torch
+
+        from pipeline.layer.gpu import TensorWeights, pack_epilogue, rows_for_kernel
 
         with self._lock:
             if ordinal not in self._gpu_weights:
-                bias = None if self.bias is None else host_tensor(self.bias, self.dtype).cuda(ordinal)
-                weight = rows_for_kernel(host_tensor(self.weight, self.dtype).cuda(ordinal))
-                split = split_on_gpu(weight, self.precision, self.dtype)
+                with torch.cuda.device(ordinal):
+                    bias = None if self.bias is None else host_tensor(self.bias, self.dtype).cuda(ordinal)
+                    weight = rows_for_kernel(host_tensor(self.weight, self.dtype).cuda(ordinal))
+                    epilogue = pack_epilogue(self.epilogue, ordinal)
+                    self._gpu_weights[ordinal] = TensorWeights(weight, bias, epilogue, self.precision)
                 torch.cuda.current_stream(ordinal).synchronize()  # later calls may use other streams
-                self._gpu_weights[ordinal] = (weight, bias, split)
             return self._gpu_weights[ordinal]
+
+
+def _chosen_epilogue(scaling_factor: Any, epilogue: Any) -> Epilogue:
+    """The epilogue that a layer was given, by itself or by its scaling factor.
+
+    Raises:
+        OptionError: it isn't one, or both were given.
+    """
+    if epilogue is None:
+        return SigmoidScaleResidual(check_scaling_factor(scaling_factor))
+    if not isinstance(epilogue, Epilogue):
+        what = f"the class {epilogue.__name__}" if isinstance(epilogue, type) else f"a {type(epilogue).__name__}"
+        raise OptionError(f"epilogue is {what}, expected an object such as SigmoidScaleResidual(2.0)")
+    if check_scaling_factor(scaling_factor) != 1.0:
+        raise OptionError(
+            f"scaling_factor is {scaling_factor} beside an epilogue ({epilogue.name}): it is short for "
+            f"epilogue=SigmoidScaleResidual({scaling_factor}), pass one of them"
+        )
+    return epilogue
 
 
 def _own_weights(value: Any, what: str) -> tuple[HostArray, DType]:

@@ -34,17 +34,6 @@ class Operands:
         self.y = [torch.empty(self.rows, self.out_features, device="cuda", dtype=dtype) for _ in self.x]
 
 
-def _split_memory(matrix: Any) -> tuple[Any, Any]:
-    """Memory for a matrix's parts and what describes it; keep the first as long as the second is used."""
-    import torch
-
-    from pipeline.kernels.split import SplitRows
-
-    rows, columns = matrix.shape
-    memory = torch.empty(SplitRows(0, rows, columns).n_bytes, dtype=torch.uint8, device="cuda")
-    return memory, SplitRows(memory.data_ptr(), rows, columns)
-
-
 class Ours:
     """The package's kernels on some operands: the one that it selects, or any other."""
 
@@ -52,26 +41,39 @@ class Ours:
         import torch
 
         from pipeline.dtypes import parse_dtype
-        from pipeline.kernels.choose import Problem, runs_as
+        from pipeline.epilogues import SigmoidScaleResidual
+        from pipeline.kernels.choose import Problem
+        from pipeline.kernels.fused_layer import Weights, prepare_split, split_weights
         from pipeline.kernels.launch import Launcher
-        from pipeline.kernels.split import PreparedSplit
 
         self._operands = operands
+        self._memory: list[Any] = []  # what addresses below point to
         self._launcher = Launcher.for_device(torch.cuda.current_device())
         dtype = parse_dtype(operands.dtype)
         self._problem = Problem(dtype, dtype, operands.precision, operands.in_features, operands.out_features)
-        self.split = runs_as(self._problem, self._launcher.arch) == "fp32"
-        if self.split:
-            self._x_split, self._w_splits = _split_memory(operands.x[0]), [_split_memory(w) for w in operands.w]
-            for w, (_, target) in zip(operands.w, self._w_splits, strict=True):
-                PreparedSplit(self._launcher, w.data_ptr(), operands.in_features, operands.out_features, target).queue(
-                    0
-                )
-        self._split_launch = functools.cache(self._prepare_split)
+        split = split_weights(self._launcher, self._problem)
+        self.split = split is not None
+        parameters = SigmoidScaleResidual(2.0).pack({})
+        self._weights = []
+        for w in operands.w:
+            parts = None if split is None else split._replace(address=self._allocated(split.n_bytes))
+            if parts is not None:
+                prepare_split(self._launcher, _matrix(w), parts).queue(0)
+            self._weights.append(Weights(_matrix(w), operands.bias.data_ptr(), parameters, parts))
+        self._scratch = self._allocated(self._weights[0].scratch_bytes(operands.rows))
+        self._launch = functools.cache(self._prepare)
+
+    def _allocated(self, n_bytes: int) -> int:
+        import torch
+
+        self._memory.append(torch.empty(n_bytes, dtype=torch.uint8, device="cuda"))
+        return int(self._memory[-1].data_ptr())
 
     def selected(self) -> str:
         """The description of the kernel that the package selects, which is made ready."""
-        return self._launcher.prepare(self._problem, self._operands.rows)
+        from pipeline.kernels.fused_layer import describe
+
+        return describe(self._launcher, self._problem, self._operands.rows)
 
     def variants(self) -> dict[str, Any]:
         """All kernels that could run, by their descriptions."""
@@ -81,36 +83,25 @@ class Ours:
 
     def queue(self, i: int, variant: Any = None) -> None:
         """Queue the whole layer, by the selected kernel where no variant is given."""
-        if self.split:
-            self._split_launch(i % BUFFERS, variant).queue(_stream())
-        else:
-            place = i % BUFFERS
-            self._launcher.launch(_stream(), self._problem, variant=variant, **self._pointers(place))
+        self._launch(i % BUFFERS, variant).queue(_stream())
 
     def queue_part(self, i: int, first: int, last: int) -> None:
         """Queue some of the launches that a layer at fp32 accuracy consists of."""
-        for operation in self._split_launch(i % BUFFERS, None).operations[first:last]:
+        for operation in self._launch(i % BUFFERS, None).operations[first:last]:
             operation.queue(_stream())
 
-    def _prepare_split(self, place: int, variant: Any) -> Any:
-        from pipeline.kernels.split import PreparedSplitLaunch
+    def _prepare(self, place: int, variant: Any) -> Any:
+        from pipeline.kernels.fused_layer import prepare
 
-        splits = {"x_split": self._x_split[1], "w_split": self._w_splits[place][1]}
-        return PreparedSplitLaunch(self._launcher, self._problem, variant=variant, **splits, **self._pointers(place))
+        x, y = _matrix(self._operands.x[place]), _matrix(self._operands.y[place])
+        return prepare(self._launcher, self._problem, self._weights[place], x, y, self._scratch, variant=variant)
 
-    def _pointers(self, place: int) -> dict[str, Any]:
-        operands = self._operands
-        return {
-            "rows": operands.rows,
-            "x": operands.x[place].data_ptr(),
-            "x_stride": operands.in_features,
-            "w": operands.w[place].data_ptr(),
-            "w_stride": operands.in_features,
-            "bias": operands.bias.data_ptr(),
-            "y": operands.y[place].data_ptr(),
-            "y_stride": operands.out_features,
-            "scaling_factor": 2.0,
-        }
+
+def _matrix(tensor: Any) -> Any:
+    from pipeline.kernels.fused_linear import Matrix
+
+    rows, columns = tensor.shape
+    return Matrix(tensor.data_ptr(), rows, columns, tensor.stride(0))
 
 
 def _stream() -> int:

@@ -10,7 +10,6 @@ Each array has an allocation of its own, no larger than it must be, so that a st
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,15 @@ from cuda.bindings import driver
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from pipeline.dtypes import parse_dtype
+from pipeline.epilogues import SigmoidScaleResidual
 from pipeline.kernels.choose import Problem, alignment, candidates
+from pipeline.kernels.fused_layer import Weights, prepare, prepare_split, split_weights
+from pipeline.kernels.fused_linear import Matrix
 from pipeline.kernels.launch import Launcher, in_context
-from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch, SplitRows
 
 # rows, in_features, out_features: inside one tile, ragged in every direction, and several tiles and ring rounds.
 SHAPES = [(1, 1, 1), (5, 33, 7), (130, 200, 264), (67, 523, 131), (300, 640, 523)]
+PARAMETERS = SigmoidScaleResidual(2.0).pack({})
 SPLIT_SHAPES = [(1, 128, 1), (130, 200, 264), (67, 523, 131), (300, 1100, 523)]
 
 
@@ -68,20 +70,16 @@ def launch_shape(launcher: Launcher, precision: str, shape: tuple[int, int, int]
     for width in widths:
         for variant in candidates(launcher.arch, problem, width, store_width):
             call(driver.cuMemsetD8, y, 0xFF, y_bytes)
-            launcher.launch(
-                0,
+            launch = prepare(
+                launcher,
                 problem,
-                rows=rows,
-                x=int(x),
-                x_stride=in_features,
-                w=int(w),
-                w_stride=in_features,
-                bias=int(bias),
-                y=int(y),
-                y_stride=out_features,
-                scaling_factor=2.0,
+                Weights(Matrix(int(w), out_features, in_features, in_features), int(bias), PARAMETERS),
+                Matrix(int(x), rows, in_features, in_features),
+                Matrix(int(y), rows, out_features, out_features),
                 variant=variant,
             )
+            assert launch is not None
+            launch.queue(0)
             call(driver.cuCtxSynchronize)
             call(driver.cuMemcpyDtoH, result.ctypes.data, y, y_bytes)
             if (result.view(np.uint8).reshape(-1, dtype.itemsize) == 0xFF).all(axis=1).any():
@@ -93,7 +91,7 @@ def launch_shape(launcher: Launcher, precision: str, shape: tuple[int, int, int]
 
 
 def launch_split(launcher: Launcher, shape: tuple[int, int, int]) -> int:
-    """Launches every split variant with a wide row among the others, and returns how many."""
+    """Launches every split variant with an exact row among the others, and returns how many."""
     rows, in_features, out_features = shape
     values, weights = operand("fp32", rows, in_features), operand("fp32", out_features, in_features)
     values[rows // 2, 0] = 1e30
@@ -103,39 +101,29 @@ def launch_split(launcher: Launcher, shape: tuple[int, int, int]) -> int:
     bias = upload(operand("fp32", out_features))
     y_bytes = rows * out_features * 4
     y = call(driver.cuMemAlloc, y_bytes)
-    splits = []
-    for count in (rows, out_features):
-        unplaced = SplitRows(0, count, in_features)
-        splits.append(replace(unplaced, address=int(call(driver.cuMemAlloc, unplaced.n_bytes))))
     float32 = parse_dtype("float32")
     problem = Problem(float32, float32, "fp32", in_features, out_features)
-    PreparedSplit(launcher, int(w), stride, out_features, splits[1]).queue(0)
+    split = split_weights(launcher, problem)
+    assert split is not None
+    split = split._replace(address=int(call(driver.cuMemAlloc, split.n_bytes)))
+    weight = Matrix(int(w), out_features, in_features, stride)
+    prepare_split(launcher, weight, split).queue(0)
+    layer = Weights(weight, int(bias), PARAMETERS, split)
+    scratch = int(call(driver.cuMemAlloc, layer.scratch_bytes(rows)))
     result = np.empty((rows, out_features), np.float32)
     variants = candidates(launcher.arch, problem, 16, alignment(16, out_features * 4))
     variants += candidates("sm_80", problem, 16)  # which run here, too
     for variant in variants:
         call(driver.cuMemsetD8, y, 0xFF, y_bytes)
-        PreparedSplitLaunch(
-            launcher,
-            problem,
-            rows=rows,
-            x=int(x),
-            x_stride=stride,
-            x_split=splits[0],
-            w=int(w),
-            w_stride=stride,
-            w_split=splits[1],
-            bias=int(bias),
-            y=int(y),
-            y_stride=out_features,
-            scaling_factor=2.0,
-            variant=variant,
-        ).queue(0)
+        x_rows, y_rows = Matrix(int(x), rows, in_features, stride), Matrix(int(y), rows, out_features, out_features)
+        launch = prepare(launcher, problem, layer, x_rows, y_rows, scratch, variant=variant)
+        assert launch is not None
+        launch.queue(0)
         call(driver.cuCtxSynchronize)
         call(driver.cuMemcpyDtoH, result.ctypes.data, y, y_bytes)
         if np.isnan(result).any():
             sys.exit(f"{variant.description} {shape}: outputs were left unwritten")
-    for pointer in (x, w, bias, y, *(split.address for split in splits)):
+    for pointer in (x, w, bias, y, split.address, scratch):
         call(driver.cuMemFree, pointer)
     return len(variants)
 

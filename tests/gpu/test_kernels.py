@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from pipeline.dtypes import parse_dtype
+from pipeline.epilogues import SigmoidScaleResidual
 from pipeline.errors import DTypeError
 from pipeline.kernels.choose import Problem, Variant, candidates
+from pipeline.kernels.fused_layer import Weights, describe, prepare
+from pipeline.kernels.fused_linear import Matrix
 from pipeline.kernels.launch import Launcher
 
 torch = pytest.importorskip("torch")
@@ -54,6 +57,10 @@ def problem_of(x: Any, w: Any, precision: str, out_dtype: Any) -> Problem:
     return Problem(parse_dtype(x.dtype), parse_dtype(out_dtype), precision, w.shape[1], w.shape[0])
 
 
+def matrix(tensor: Any) -> Matrix:
+    return Matrix(tensor.data_ptr(), *tensor.shape, tensor.stride(0))
+
+
 def run(
     launcher: Launcher,
     x: Any,
@@ -73,20 +80,12 @@ def run(
     guard, stride = 256, out_features + padding
     memory = torch.full((2 * guard + offset + rows * stride,), math.nan, dtype=out_dtype, device="cuda")
     y = memory.as_strided((rows, out_features), (stride, 1), guard + offset)
-    launcher.launch(
-        torch.cuda.current_stream().cuda_stream,
-        problem_of(x, w, precision, out_dtype),
-        rows=rows,
-        x=x.data_ptr(),
-        x_stride=x.stride(0),
-        w=w.data_ptr(),
-        w_stride=w.stride(0),
-        bias=0 if bias is None else bias.data_ptr(),
-        y=y.data_ptr(),
-        y_stride=stride,
-        scaling_factor=scaling_factor,
-        variant=variant,
-    )
+    parameters = SigmoidScaleResidual(scaling_factor).pack({})
+    layer_weights = Weights(matrix(w), 0 if bias is None else bias.data_ptr(), parameters)
+    problem = problem_of(x, w, precision, out_dtype)
+    launch = prepare(launcher, problem, layer_weights, matrix(x), matrix(y), variant=variant)
+    if launch is not None:
+        launch.queue(torch.cuda.current_stream().cuda_stream)
     result = y.clone()
     y.fill_(math.nan)
     assert memory.isnan().all(), "the kernel wrote outside its output"
@@ -304,7 +303,7 @@ def test_kernels_empty_launches_do_nothing(launcher: Launcher) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_kernels_without_input_features_give_the_tail_of_the_bias(launcher: Launcher, precision: str) -> None:
+def test_kernels_without_input_features_give_the_epilogue_of_the_bias(launcher: Launcher, precision: str) -> None:
     dtype = PRECISIONS[precision]
     bias = torch.randn(33, device="cuda").to(dtype)
     x, w = torch.empty(3, 0, dtype=dtype, device="cuda"), torch.empty(33, 0, dtype=dtype, device="cuda")
@@ -312,13 +311,13 @@ def test_kernels_without_input_features_give_the_tail_of_the_bias(launcher: Laun
     assert torch.allclose(y.double(), reference(x, w, bias), rtol=1e-2 if dtype != torch.float32 else 1e-6, atol=1e-6)
 
 
-def test_launcher_prepare_describes_the_kernel(launcher: Launcher) -> None:
+def test_describe_names_the_kernel(launcher: Launcher) -> None:
     problem = Problem(parse_dtype("bfloat16"), parse_dtype("bfloat16"), "bfloat16", 8192, 8192)
-    assert re.match(r"fused_linear_sm\d+<bfloat16, 128x", launcher.prepare(problem, 1024))
-    assert "2-byte loads" in launcher.prepare(replace(problem, in_features=8191), 1024)
+    assert re.match(r"fused_linear_sm\d+<bfloat16, 128x", describe(launcher, problem, 1024))
+    assert "2-byte loads" in describe(launcher, replace(problem, in_features=8191), 1024)
 
 
-def test_launcher_refuses_float64(launcher: Launcher) -> None:
+def test_describe_refuses_float64(launcher: Launcher) -> None:
     float64 = parse_dtype("float64")
     with pytest.raises(DTypeError, match="devices='cpu'"):
-        launcher.prepare(Problem(float64, float64, "float64", 8, 8), 4)
+        describe(launcher, Problem(float64, float64, "float64", 8, 8), 4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +11,11 @@ from benches.errors import BIASED, DATA, errors, problem, product
 from pipeline import FusedLinear, Pipeline, fused_gemm_sigmoid_scale_add
 from pipeline.devices.cuda import CudaDevice, count_gpus
 from pipeline.dtypes import FLOAT32
+from pipeline.epilogues import SigmoidScaleResidual
 from pipeline.kernels.choose import Problem, Variant, candidates
+from pipeline.kernels.fused_layer import Weights, prepare, prepare_split, split_weights
+from pipeline.kernels.fused_linear import Matrix
 from pipeline.kernels.launch import Launcher
-from pipeline.kernels.split import PreparedSplit, PreparedSplitLaunch, SplitRows
 
 torch = pytest.importorskip("torch")
 if not count_gpus():
@@ -81,14 +82,14 @@ def test_split_layer_on_ragged_sizes(rows: int, out_features: int) -> None:
 def test_split_bits_of_a_row_do_not_depend_on_the_rows_beside_it() -> None:
     torch.manual_seed(1)
     x, layer = normal(1100, 520), FusedLinear(weights(600, 520), normal(600), 2.0)
-    x[::7] *= torch.exp(9 * normal(158, 520))  # some of these rows are wide
+    x[::7] *= torch.exp(9 * normal(158, 520))  # some of these rows need exact fp32
     full = layer(x)
     for rows in (1, 2, 63, 64, 65, 128, 500, 1024):
         start = 7 * rows % (1100 - rows)
         assert torch.equal(bits(layer(x[start : start + rows])), bits(full[start : start + rows])), rows
 
 
-def test_split_computes_wide_rows_exactly() -> None:
+def test_split_computes_exact_rows_in_exact_fp32() -> None:
     """Rows whose elements lie far below one of them, that aren't finite, are subnormal or have few elements other than
     0 get the ieee kernel's bits; rows of zeros don't need it."""
     torch.manual_seed(2)
@@ -99,12 +100,12 @@ def test_split_computes_wide_rows_exactly() -> None:
     x[250], x[251], x[252, 128:], x[253, 127:] = 0, -0.0, 0, 0
     ordinary[[5, 70, 150, 200, 201, 202, 253]] = False
     y, exact = product(x, w, "fp32"), product(x, w, "ieee")
-    wide = ~ordinary.cuda()
-    assert torch.equal(bits(y[wide]), bits(exact[wide]))
-    assert not torch.equal(bits(y[~wide]), bits(exact[~wide])), "ordinary rows come from the tensor cores"
+    special = ~ordinary.cuda()
+    assert torch.equal(bits(y[special]), bits(exact[special]))
+    assert not torch.equal(bits(y[~special]), bits(exact[~special])), "ordinary rows come from the tensor cores"
 
 
-def test_split_with_wide_weights_is_exact_everywhere() -> None:
+def test_split_with_exact_rows_of_weights_is_exact_everywhere() -> None:
     torch.manual_seed(3)
     x, w = normal(150, 640), weights(200, 640)
     w[7] *= 2.0**70
@@ -147,33 +148,26 @@ def test_split_runs_everywhere_with_the_same_bits() -> None:
 
 def product_by(variant: Variant, x: Any, w: Any) -> Any:
     """z = x w^T by this variant of a split kernel."""
-    launcher = Launcher.for_device(0)
+    launcher, stream = Launcher.for_device(0), torch.cuda.current_stream().cuda_stream
     (rows, in_features), out_features = x.shape, w.shape[0]
-    memory, splits = [], []
-    for matrix in (x, w):
-        unplaced = SplitRows(0, *matrix.shape)
-        memory.append(torch.empty(unplaced.n_bytes, dtype=torch.uint8, device="cuda"))
-        splits.append(replace(unplaced, address=memory[-1].data_ptr()))
-    stream, y = torch.cuda.current_stream().cuda_stream, torch.full((rows, out_features), torch.nan, device="cuda")
-    PreparedSplit(launcher, w.data_ptr(), in_features, out_features, splits[1]).queue(stream)
-    PreparedSplitLaunch(
-        launcher,
-        Problem(FLOAT32, FLOAT32, "fp32", in_features, out_features),
-        rows=rows,
-        x=x.data_ptr(),
-        x_stride=in_features,
-        x_split=splits[0],
-        w=w.data_ptr(),
-        w_stride=in_features,
-        w_split=splits[1],
-        bias=0,
-        y=y.data_ptr(),
-        y_stride=out_features,
-        scaling_factor=0.0,
-        variant=variant,
-    ).queue(stream)
+    fp32 = Problem(FLOAT32, FLOAT32, "fp32", in_features, out_features)
+    split = split_weights(launcher, fp32)
+    assert split is not None
+    parts = torch.empty(split.n_bytes, dtype=torch.uint8, device="cuda")
+    split = split._replace(address=parts.data_ptr())
+    prepare_split(launcher, matrix(w), split).queue(stream)
+    layer = Weights(matrix(w), 0, SigmoidScaleResidual(0.0).pack({}), split)
+    scratch = torch.empty(layer.scratch_bytes(rows), dtype=torch.uint8, device="cuda")
+    y = torch.full((rows, out_features), torch.nan, device="cuda")
+    launch = prepare(launcher, fp32, layer, matrix(x), matrix(y), scratch.data_ptr(), variant=variant)
+    assert launch is not None
+    launch.queue(stream)
     torch.cuda.synchronize()
     return y
+
+
+def matrix(tensor: Any) -> Matrix:
+    return Matrix(tensor.data_ptr(), *tensor.shape, tensor.stride(0))
 
 
 @pytest.mark.parametrize("in_features", [128, 1000, 4100, 8200])

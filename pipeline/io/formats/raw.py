@@ -17,7 +17,7 @@ from pipeline.io.atomic_file import AtomicFileSink, check_path
 from pipeline.io.files import FileLayout, FileSource, check_size, open_regular
 from pipeline.io.memory import check_out_dtype
 from pipeline.io.registry import SinkRequest, SourceRequest
-from pipeline.layer.forward import check_out
+from pipeline.layer.checks import check_out
 
 
 @dataclass(frozen=True)

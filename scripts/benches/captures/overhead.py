@@ -50,14 +50,14 @@ def _done_without_times(self: Any) -> bool:
 def without(what: str) -> Iterator[None]:
     """Run without NVTX ranges, or without the event record and the times that only it needs."""
     from pipeline import executor, instrument
-    from pipeline.devices import cuda
+    from pipeline.devices import cuda_events
 
     with ExitStack() as replaced:
         if what in ("ranges", "both"):
             replaced.enter_context(patch.object(executor, "Ranges", _NoRanges))
         if what in ("record", "both"):
             replaced.enter_context(patch.object(instrument.Recorder, "add", lambda *_: None))
-            replaced.enter_context(patch.object(cuda._CudaOperation, "done", _done_without_times))
+            replaced.enter_context(patch.object(cuda_events.CudaOperation, "done", _done_without_times))
         yield
 
 

@@ -12,7 +12,8 @@ import pytest
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from pipeline.errors import DeviceError, DTypeError, OptionError
 from pipeline.kernels import ARCHITECTURES, Problem, all_variants, runs_as, select
-from pipeline.kernels.choose import _SHARED_BYTES, alignment, architecture, candidates
+from pipeline.kernels.choose import alignment, architecture, candidates
+from pipeline.kernels.variant import SHARED_BYTES
 
 BF16 = Problem(BFLOAT16, BFLOAT16, "bfloat16", 8192, 8192)
 TF32 = Problem(FLOAT32, FLOAT32, "tf32", 8192, 8192)
@@ -129,7 +130,7 @@ def test_select_has_a_variant_for_every_problem_and_alignment(arch: str) -> None
                 for rows in (1, 64, 100, 1024, 100_000):
                     variant = select(arch, replace(problem, out_dtype=out_dtype), rows, load_bytes)
                     assert variant in compiled
-                    assert variant.shared_bytes <= _SHARED_BYTES[arch]
+                    assert variant.shared_bytes <= SHARED_BYTES[arch]
 
 
 def test_all_variants_have_distinct_descriptions() -> None:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import cycle, islice, pairwise
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hypothesis.extra.numpy as hnp
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline import DTypeError, FileFormatError, FusedLinear, InputError, OptionError, ShapeError
-from pipeline.arrays import byte_range, host_tensor, host_view, overlaps, to_float64
-from pipeline.dtypes import DTYPES, parse_dtype
-from pipeline.layer.forward import HostWeights, add_scaled_sigmoid, check_gpu_out, reference, sigmoid_scale_add
+from pipeline.arrays import host_view, to_float64
+from pipeline.dtypes import DTYPES
+from pipeline.layer.checks import check_gpu_out
 
 TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 # What rounding to an element type can cost a value, relative to the larger of itself and 1.
@@ -96,7 +93,7 @@ def test_layer_from_linear_equals_the_linear(dtype: str, bias: bool) -> None:
     linear = torch.nn.Linear(16, 10, bias=bias, dtype=TORCH_DTYPES[dtype])
     layer = FusedLinear.from_linear(linear, 2.0)
     x = torch.randn(9, 16, dtype=TORCH_DTYPES[dtype])
-    assert_close(layer(x), reference(x, linear.weight, linear.bias, 2.0), dtype)
+    assert_close(layer(x), FusedLinear(linear.weight, linear.bias, 2.0).reference(x), dtype)
     assert (layer.bias is not None) == bias
 
 
@@ -508,92 +505,6 @@ def test_layer_works_again_after_an_error() -> None:
     np.testing.assert_array_equal(layer(x), expected)
 
 
-# bits
-
-
-@st.composite
-def cut_problems(draw: st.DrawFn) -> tuple[int, int, int, str, list[int], int]:
-    """rows, in_features, out_features, dtype, where the rows are cut, a seed."""
-    rows = draw(st.one_of(st.integers(1, 200), st.integers(500, 1100)))
-    in_features = draw(st.one_of(st.integers(1, 40), st.integers(41, 700), st.sampled_from([256, 512, 1024])))
-    out_features = draw(
-        st.one_of(
-            st.integers(1, 10),
-            st.sampled_from([31, 32, 33, 63, 64, 65]),
-            st.integers(66, 200),
-            st.sampled_from([512, 768, 769, 1100]),
-        )
-    )
-    cuts = draw(st.lists(st.integers(0, rows), max_size=6))
-    dtype = draw(st.sampled_from(list(TORCH_DTYPES)))
-    return rows, in_features, out_features, dtype, [0, *sorted(cuts), rows], draw(st.integers(0, 2**32 - 1))
-
-
-@contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(cut_problems())
-@example((1016, 58, 65, "float64", [0, 1016], 0))
-@example((130, 300, 1, "float32", [0, 1, 65, 66, 130], 1))
-@example((600, 512, 10, "float64", [0, 7, 64, 599, 600], 2))
-@example((600, 512, 64, "float64", [0, 7, 64, 599, 600], 0))
-@example((600, 512, 200, "float64", [0, 7, 64, 192, 599, 600], 1))
-@example((600, 4096, 200, "float32", [0, 7, 64, 599, 600], 2))
-@example((900, 700, 1100, "float32", [0, 1, 65, 200, 900], 0))
-@example((514, 1, 37, "float32", [0, 134, 514], 1))
-def test_host_weights_row_bits_do_not_depend_on_neighbours(
-    problem: tuple[int, int, int, str, list[int], int],
-) -> None:
-    """However rows are cut, wherever they lie in memory, and however many threads torch has: the same bits."""
-    rows, in_features, out_features, dtype, cuts, seed = problem
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, in_features, generator=generator).to(TORCH_DTYPES[dtype])
-    weight = torch.randn(out_features, in_features, generator=generator).to(TORCH_DTYPES[dtype])
-    weights = HostWeights(weight, torch.randn(out_features, generator=generator).to(TORCH_DTYPES[dtype]))
-    whole = torch.full((rows, out_features), torch.nan, dtype=TORCH_DTYPES[dtype])
-    threads = islice(cycle((1, 2, 16)), seed % 3, None)
-    with torch_threads(next(threads)):
-        weights.forward(x, whole, 2.0)
-    parts = torch.full_like(whole, torch.nan)
-    for start, stop in pairwise(cuts):
-        with torch_threads(next(threads)):
-            weights.forward(x[start:stop], parts[start:stop], 2.0, start)
-    assert torch.equal(parts, whole)
-    padding = seed % 5
-    stride = in_features + padding
-    moved = torch.empty(rows * stride + 8, dtype=x.dtype).as_strided((rows, in_features), (stride, 1), seed % 8)
-    moved.copy_(x)
-    again = torch.full((rows, out_features + 1), torch.nan, dtype=whole.dtype)[:, 1:]
-    weights.forward(moved, again, 2.0)
-    assert torch.equal(again, whole)
-
-
-@settings(max_examples=40, deadline=None)
-@given(cut_problems(), st.integers(0, 500))
-def test_host_weights_row_bits_do_not_depend_on_other_rows_values(
-    problem: tuple[int, int, int, str, list[int], int], row: int
-) -> None:
-    rows, in_features, out_features, dtype, _, seed = problem
-    row %= rows
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, in_features, generator=generator).to(TORCH_DTYPES[dtype])
-    weights = HostWeights(torch.randn(out_features, in_features, generator=generator).to(x.dtype), None)
-    first, second = (torch.empty(rows, out_features, dtype=x.dtype) for _ in range(2))
-    weights.forward(x, first, 2.0)
-    other = torch.full_like(x, torch.nan)
-    other[row] = x[row]
-    weights.forward(other, second, 2.0)
-    assert torch.equal(first[row], second[row])
-
-
 # properties
 
 
@@ -623,54 +534,6 @@ def test_layer_equals_the_reference(
     np.testing.assert_allclose(to_float64(layer(x)), expected, rtol=ROUNDING[dtype], atol=ROUNDING[dtype] * largest)
 
 
-@settings(max_examples=200, deadline=None)
-@given(
-    hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2), elements=st.floats(width=32)),
-    st.floats(-1e6, 1e6),
-)
-def test_add_scaled_sigmoid_equals_float64_for_every_float32(z: Any, scaling_factor: float) -> None:
-    with np.errstate(over="ignore", invalid="ignore"):
-        wide = sigmoid_scale_add(z.astype(np.float64), scaling_factor)
-        expected = wide.astype(np.float32)
-    y = np.full(z.size, np.nan, np.float32)
-    add_scaled_sigmoid(torch.from_numpy(z.reshape(-1)), scaling_factor, torch.empty(z.size), torch.from_numpy(y))
-    y = y.reshape(z.shape)
-    smallest = np.finfo(np.float32).smallest_subnormal  # two roundings of a subnormal may differ by one step
-    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6 * abs(scaling_factor) + smallest)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    rows=st.slices(12), columns=st.slices(12), order=st.sampled_from("<>"), dtype=st.sampled_from(["f2", "f4", "f8"])
-)
-def test_host_view_and_tensor_keep_every_value(rows: slice, columns: slice, order: str, dtype: str) -> None:
-    """Any slicing and byte order arrives in torch as the same numbers."""
-    view = np.arange(144).reshape(12, 12).astype(order + dtype)[rows, columns]
-    array, element = host_view(view, "view")
-    assert array is view
-    native = array if array.dtype.isnative else array.astype(element.carrier)
-    np.testing.assert_array_equal(host_tensor(native, element).numpy(), view.astype(np.float64))
-
-
-def test_host_tensor_shares_writable_memory() -> None:
-    array = np.zeros((4, 6), np.float32)
-    host_tensor(array[::2, ::3], DTYPES["float32"])[:] = 1
-    assert array.sum() == 4
-
-
-@pytest.mark.parametrize(
-    ("shape", "stride", "expected"), [((2, 3), (3, 1), 24), ((2, 3), (10, 1), 52), ((0, 3), (3, 1), 0)]
-)
-def test_byte_range_covers_the_elements(shape: tuple[int, int], stride: tuple[int, int], expected: int) -> None:
-    first, last = byte_range(torch.zeros(100).as_strided(shape, stride))
-    assert last - first == expected
-
-
-def test_overlaps_is_about_shared_bytes() -> None:
-    assert overlaps((0, 4), (3, 8)) and overlaps((3, 8), (0, 4)) and overlaps((0, 9), (4, 5))
-    assert not overlaps((0, 4), (4, 8)) and not overlaps((4, 8), (0, 4))
-
-
 def test_layer_can_be_pickled_and_copied() -> None:
     rng = np.random.default_rng()
     layer = FusedLinear(rng.standard_normal((5, 7), np.float32), rng.standard_normal(5, np.float32), 2.0)
@@ -678,8 +541,3 @@ def test_layer_can_be_pickled_and_copied() -> None:
     y = layer(x)  # fills the caches that aren't pickled
     for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
         assert np.array_equal(twin(x), y)
-
-
-def test_layer_dtype_none_is_refused() -> None:
-    with pytest.raises(DTypeError, match="None"):
-        parse_dtype(None)

@@ -3,43 +3,45 @@
 //
 //   v (rows, columns) fp32, row-major, v and its row stride multiples of 16 bytes.
 //   parts (rows, 64 ceil(columns / 32)) fp16: for each 32 elements 32 high parts, then 32 low ones; zeros past the
-//   last. scales (rows,): the power of two that undoes the row's scaling. wide_list, wide_count: the rows, in any
-//   order, that need exact fp32; the caller sets *wide_count to 0 before. total_wide: grows by that count.
+//   last. scales (rows,): the power of two that undoes the row's scaling. exact_rows, exact_count: the rows, in any
+//   order, that need exact fp32; the caller sets *exact_count to 0 before. total_exact: grows by that count.
 //
 // A pair holds an element v to 2^-23 |v|, or to 2^-40 of its row's largest magnitude where that is more. The second
 // bound is what a sum sees of the elements far below the largest one, should their weights be much larger than that
-// one's. So a row is wide if its elements are typically far below the largest: if the mean exponent of those that
-// aren't 0 is more than kWideExponents below the largest. Rows with an infinity or a NaN are wide, and rows whose
+// one's. So a row needs exact fp32 if its elements are typically far below the largest: if the mean exponent of those
+// that aren't 0 is more than kExponentsBelow below the largest. So do rows with an infinity or a NaN, and rows whose
 // largest magnitude is subnormal or, for weights, outside 2^-60 to 2^60, where scales could overflow. If any row of the
-// weights is wide (*all_wide > 0), so is every row of x.
+// weights needs it (*all_exact > 0), so does every row of x.
 //
-// Rows of x with fewer than kFewProducts elements that aren't 0 (and not none) are listed, too: a sum of few products
+// Rows of x with fewer than kFewProducts elements that aren't 0 (and not none) need it, too: a sum of few products
 // gains nothing from averaging, and exact fp32 rounds each of them less.
 //
 // Launch: one block a row at a time, any grid; block kNumThreads; no dynamic shared memory.
+#pragma once
+
 #include <cuda_fp16.h>
 
 struct SplitRowsArgs {
   const float* v;
   __half* parts;
   float* scales;
-  int* wide_list;
-  int* wide_count;
-  const int* all_wide;             // null for weights
-  unsigned long long* total_wide;  // grows by the count; null for weights
-  long long v_stride;              // elements
+  int* exact_rows;
+  int* exact_count;
+  const int* all_exact;             // null for weights
+  unsigned long long* total_exact;  // grows by the count; null for weights
+  long long v_stride;               // elements
   int rows;
   int columns;
 };
-static_assert(sizeof(SplitRowsArgs) == 72, "the host twin packs 72 bytes");
 
 struct SplitRows {
+  using Args = SplitRowsArgs;
   static constexpr int kNumThreads = 256;
   static constexpr int kSharedBytes = 0;
   static constexpr int kWarps = kNumThreads / 32;
-  static constexpr int kLargestExponent = 14;  // of a scaled row: fp16 reaches 2^16
+  static constexpr int kLargestExponent = 14;  // a scaled row's: fp16 reaches 2^16
   static constexpr int kWeightExponents = 60;
-  static constexpr int kWideExponents = 24;
+  static constexpr int kExponentsBelow = 24;
   static constexpr int kFewProducts = 128;
   static constexpr int kWidth = 4;  // elements that a thread takes at a time
 
@@ -99,7 +101,7 @@ struct SplitRows {
     }
   }
 
-  static __device__ __forceinline__ void run(const SplitRowsArgs& args) {
+  static __device__ __forceinline__ void run(const Args& args) {
     const int groups = (args.columns + 31) / 32;
     for (int row = blockIdx.x; row < args.rows; row += gridDim.x) {
       const float* v = args.v + row * args.v_stride;
@@ -113,14 +115,14 @@ struct SplitRows {
       bits = largest_of_block(bits);
 
       const int largest_exponent = exponent_of(bits);
-      bool wide = largest_exponent == 128 || (largest_exponent == -127 && bits != 0);
-      if (args.all_wide == nullptr) {
-        wide = wide || (bits != 0 && (largest_exponent < -kWeightExponents || largest_exponent > kWeightExponents));
+      bool exact = largest_exponent == 128 || (largest_exponent == -127 && bits != 0);
+      if (args.all_exact == nullptr) {
+        exact = exact || (bits != 0 && (largest_exponent < -kWeightExponents || largest_exponent > kWeightExponents));
       } else {
-        wide = wide || *args.all_wide > 0;
+        exact = exact || *args.all_exact > 0;
       }
-      // Two factors, each an ordinary number. Rows that don't matter here (wide, zeros) are left as they are.
-      const int exponent = wide || bits == 0 ? 0 : kLargestExponent - largest_exponent;
+      // Two factors, each an ordinary number. Rows that don't matter here (exact, zeros) are left as they are.
+      const int exponent = exact || bits == 0 ? 0 : kLargestExponent - largest_exponent;
       const float scale0 = power_of_two(exponent / 2), scale1 = power_of_two(exponent - exponent / 2);
 
       __half* parts = args.parts + static_cast<long long>(row) * groups * 64;
@@ -143,13 +145,13 @@ struct SplitRows {
       }
       summary = sum_of_block(summary);
       if (threadIdx.x == 0) {
-        const long long lowest = largest_exponent - kWideExponents;
-        wide = wide || summary.exponents < lowest * summary.nonzero;
-        if (args.all_wide != nullptr) wide = wide || (summary.nonzero > 0 && summary.nonzero < kFewProducts);
+        const long long lowest = largest_exponent - kExponentsBelow;
+        exact = exact || summary.exponents < lowest * summary.nonzero;
+        if (args.all_exact != nullptr) exact = exact || (summary.nonzero > 0 && summary.nonzero < kFewProducts);
         args.scales[row] = 1.0f / scale0 / scale1;
-        if (wide) {
-          args.wide_list[atomicAdd(args.wide_count, 1)] = row;
-          if (args.total_wide != nullptr) atomicAdd(args.total_wide, 1ull);
+        if (exact) {
+          args.exact_rows[atomicAdd(args.exact_count, 1)] = row;
+          if (args.total_exact != nullptr) atomicAdd(args.total_exact, 1ull);
         }
       }
     }

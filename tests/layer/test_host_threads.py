@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from device_tests import assert_close, assert_same_bits, random_layer, random_rows
+from helpers.data import assert_close, assert_same_bits, random_layer, random_rows
 
 from pipeline import fused_gemm_sigmoid_scale_add
 from pipeline.errors import uninterrupted

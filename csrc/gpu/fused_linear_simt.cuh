@@ -13,12 +13,14 @@
 // finely; blocks of 8 with a compensated total then cost 4. The host chooses SUM_BLOCK by in_features alone, and blocks
 // start at k = 0 whatever the tile, so an output's bits don't depend on the number of rows or on LOAD_BYTES.
 //
-// With kListed only the rows in args.row_list are computed, of which there are *args.row_count; blocks without any
-// leave at once.
+// With kExactRows only the rows in args.exact_rows are computed, of which there are *args.exact_count: those that
+// pairs of fp16 can't hold (split_rows.cuh). Blocks without any leave at once.
 //
 // Launch: grid ceil(rows / BLOCK_M) * ceil(out_features / BLOCK_N), one dimension; block kNumThreads; dynamic shared
 // memory kSharedBytes. LOAD_BYTES (16 or 4) divides the addresses of x and w and their row strides in bytes.
 // 0 < rows, in_features, out_features; in_features below 2^31 bytes.
+#pragma once
+
 #include "epilogue.cuh"
 #include "fused_linear.cuh"
 #include "ptx.cuh"
@@ -31,8 +33,10 @@ __device__ __forceinline__ void add_compensated(float& total, float& part) {
 }
 
 template <typename Out, typename Epilogue, int BLOCK_M, int BLOCK_N, int THREADS_M, int THREADS_N, int kNumStages,
-          int LOAD_BYTES, int SUM_BLOCK, bool kListed>
+          int LOAD_BYTES, int SUM_BLOCK, bool kExactRows>
 struct FusedLinearSimt {
+  using Args = FusedLinearArgs<typename Epilogue::Parameters>;
+
   static constexpr int BLOCK_K = 32;
   static constexpr int kNumThreads = THREADS_M * THREADS_N;
   static constexpr int kPitchBytes = (BLOCK_K + 4) * sizeof(float);
@@ -64,30 +68,30 @@ struct FusedLinearSimt {
   }
 
   // Rows to compute, and where in x and y the n-th of them is.
-  static __device__ __forceinline__ int rows_of(const FusedLinearArgs& args) {
-    return kListed ? __ldg(args.row_count) : args.rows;
+  static __device__ __forceinline__ int rows_of(const Args& args) {
+    return kExactRows ? __ldg(args.exact_count) : args.rows;
   }
-  static __device__ __forceinline__ int place_of(const FusedLinearArgs& args, int row) {
-    return kListed ? __ldg(args.row_list + row) : row;
+  static __device__ __forceinline__ int place_of(const Args& args, int row) {
+    return kExactRows ? __ldg(args.exact_rows + row) : row;
   }
 
   // This thread's share of the copies from device memory to the ring.
   struct Loader {
     const char* x;
     const char* w;
-    const FusedLinearArgs& args;
+    const Args& args;
     int x_base;             // the tile's first row
     int x_row, x_last_row;  // within the tile; rows past the end repeat the last one, their outputs are dropped
     int w_row, w_last_row;
     int bytes_left;  // from this thread's chunk to the end of a row
     unsigned destination;
 
-    __device__ __forceinline__ Loader(const FusedLinearArgs& args, int m0, int n0, unsigned shared) : args(args) {
+    __device__ __forceinline__ Loader(const Args& args, int m0, int n0, unsigned shared) : args(args) {
       const int chunk = threadIdx.x % 8;
       const int row = threadIdx.x / 8;
-      x_base = kListed ? m0 : 0;
+      x_base = kExactRows ? m0 : 0;
       x = static_cast<const char*>(args.x) + chunk * 16;
-      if (!kListed) x += static_cast<unsigned long long>(m0) * args.x_stride_bytes;
+      if (!kExactRows) x += static_cast<unsigned long long>(m0) * args.x_stride_bytes;
       w = static_cast<const char*>(args.w) + static_cast<unsigned long long>(n0) * args.w_stride_bytes + chunk * 16;
       x_row = row;
       w_row = FusedLinearSimt::w_row(row);
@@ -165,9 +169,9 @@ struct FusedLinearSimt {
     }
   }
 
-  static __device__ __forceinline__ void store(const FusedLinearArgs& args, int row0, int column0,
+  static __device__ __forceinline__ void store(const Args& args, int row0, int column0,
                                                const float (&total)[kRows][kColumns]) {
-    const Epilogue epilogue{args.scaling_factor};
+    const Epilogue epilogue{args.epilogue};
     const int rows = rows_of(args);
     const float* bias = static_cast<const float*>(args.bias);
     const bool vectors = rows_allow_vectors<Out>(args.y, args.y_stride);
@@ -185,17 +189,19 @@ struct FusedLinearSimt {
         if (row >= rows) continue;
         float v[4];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) v[j] = epilogue(__fadd_rn(total[i][group * 4 + j], b[j]));
+        for (int j = 0; j < 4; ++j) {
+          v[j] = epilogue(__fadd_rn(total[i][group * 4 + j], b[j]), place_of(args, row), column + j);
+        }
         store_4(static_cast<Out*>(args.y) + place_of(args, row) * args.y_stride, column, args.out_features, vectors, v);
       }
     }
   }
 
-  static __device__ __forceinline__ void run(const FusedLinearArgs& args) {
+  static __device__ __forceinline__ void run(const Args& args) {
     extern __shared__ __align__(128) char shared_bytes[];
     int m0, n0;
     tile_origin<BLOCK_M, BLOCK_N>(args, m0, n0);
-    if (kListed && m0 >= rows_of(args)) return;
+    if (kExactRows && m0 >= rows_of(args)) return;
     Loader loader(args, m0, n0, ptx::shared_address(shared_bytes));
 
 #pragma unroll
