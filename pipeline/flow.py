@@ -189,8 +189,8 @@ class Feed(ABC):
     """Hands out a source's chunks in order; may be shared by several executors.
 
     Chunk `index` is rows [index * chunk_rows, (index + 1) * chunk_rows) of the dataset, whatever was skipped before it;
-    in a stream, where a chunk ends with its batch at the latest, nothing is skipped. A chunk with fewer rows is the last
-    one, or an error in the source cut it short.
+    in a stream, where a chunk ends with its batch at the latest, nothing is skipped. A chunk with fewer rows is the
+    last one, or an error in the source cut it short.
     """
 
     skipped_rows: int = 0
