@@ -225,7 +225,9 @@ class Chunk:
 class Feed(ABC):
     """Hands out a source's chunks in order; may be shared by several executors.
 
-    Chunk `index` is rows [index * chunk_rows, (index + 1) * chunk_rows) of the dataset, whatever was skipped before it.
+    Chunk `index` is rows [index * chunk_rows, (index + 1) * chunk_rows) of the dataset, whatever was skipped before it;
+    in a stream, where a chunk ends with its batch at the latest, nothing is skipped. A chunk with fewer rows is the
+    last one, or an error in the source cut it short.
     """
 
     skipped_rows: int = 0
@@ -326,9 +328,9 @@ class Source(ABC):
 
     rows: int | None  # None where only the end will tell
     features: int
-    dtype: DType
+    dtype: DType  # or the name of one, until the source is opened
     kind: str  # for messages and reports
-    where: str = "memory"  # that rows come from: "memory", "file", "batches" or "device"
+    where: str = "memory"  # where rows come from: "memory", "file", "batches" or "device"
     family: str = "numpy"  # what a new result should be: "numpy", "torch" or "cuda"
     gathers: bool = False  # it gets its rows in order and gathers them in chunk buffers; others are read in any order
     path: Path | None = None  # the file it was opened from, if it was given as a path
@@ -390,7 +392,7 @@ class Sink(ABC):
     without Python defines `target` instead of `write`.
     """
 
-    where: str = "memory"  # that rows go to: "memory", "fresh memory", "file" or "device"
+    where: str = "memory"  # where rows go: "memory", "fresh memory", "file" or "device"
     tensor: Any = None  # the CUDA tensor that the kernel itself writes rows to
     cast: Cast | None = None  # from the wire's element type to the result's; who opens a sink sets it
     resumable: bool = False  # what it left can be reopened (see `leave`)

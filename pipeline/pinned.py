@@ -46,8 +46,8 @@ def pin(array: Any) -> Pinned:
             for epoch in range(100):
                 pipe.run(x, y)
 
-    Registering takes about as long as streaming the memory once (measured on an H200 host: 16 to 48 GB/s), so it pays
-    for memory that is streamed more than once or twice. The memory is locked until it is unregistered: the system
+    Registering takes about as long as streaming the memory once (docs/notes/formats.md), so it pays for memory that is
+    streamed more than once or twice. The memory is locked until it is unregistered: the system
     can't move or swap it. Blocks until it is done.
 
     Args:

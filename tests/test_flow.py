@@ -159,6 +159,15 @@ def test_source_reads_the_wires_element_type() -> None:
     assert (np.abs(piece.astype(np.float64) - expected) <= 1).all() and layer.in_features == LAYER.in_features
 
 
+@pytest.mark.parametrize("dtype", ["float32", "fp32", np.dtype("f4"), np.float32])
+def test_source_may_name_its_element_type(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SOURCES, "_openers", {Plain: lambda value, request: value})
+    source = Plain(X)
+    source.dtype = dtype
+    with open_pipeline() as pipeline:
+        assert_same_bits(pipeline.run(source).out, LAYER(X))
+
+
 def test_spans_overlap_in_one_place_only() -> None:
     a = Span(0, 10)
     assert a.overlaps(Span(9, 12)) and not a.overlaps(Span(10, 12))

@@ -148,18 +148,18 @@ class AtomicFileSink(Sink):
         swapped: bool = False,
     ) -> None:
         """`path` was checked by `check_path`. Elements are of foreign byte order where they are `swapped`."""
-        self.cast, self._header, rows = request.cast, header, request.rows
-        start, row_bytes = len(header(0)), request.out_features * request.dtype.itemsize
+        self.cast, self._header = request.cast, header
+        rows, features, itemsize = request.rows or 0, request.out_features, request.dtype.itemsize
+        start = len(header(0))
+        n_bytes = start + rows * features * itemsize
         self._file = AtomicFile(path, overwrite=request.overwrite, reopen=request.reopen)
         try:
-            if request.reopen and rows is not None:
-                self._file.check_size(start + rows * row_bytes)
-            strides, itemsize = (row_bytes, request.dtype.itemsize), request.dtype.itemsize
-            self._layout = FileLayout(
-                self._file.fd, path, start, strides, itemsize, swapped=swapped, plain=not swapped, reads=False
-            )
-            self._file.reserve(start + (rows or 0) * row_bytes)
-            self._file.pwrite(header(rows or 0), 0)
+            if request.reopen and request.rows is not None:
+                self._file.check_size(n_bytes)
+            fd = self._file.fd
+            self._layout = FileLayout.in_order(fd, path, start, features, itemsize, swapped=swapped, reads=False)
+            self._file.reserve(n_bytes)
+            self._file.pwrite(header(rows), 0)
         except BaseException:
             if request.reopen:
                 self._file.leave()

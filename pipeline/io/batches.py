@@ -21,7 +21,7 @@ from pipeline.flow import BatchResult, Chunk, Feed, Fill, Gather, Sink, Source
 from pipeline.io.memory import ArrayRows
 from pipeline.io.registry import SourceRequest
 
-_PATIENCE_S = 5.0  # with an iterable, once the run stops
+_PATIENCE_S = 5.0  # how long a run that stops waits for the iterable's next batch
 
 
 class BatchSource(Source):

@@ -20,33 +20,53 @@ from pipeline.flow import PlainRows, Source, SourceRows, Span, TargetRows
 
 @dataclass(frozen=True)
 class FileLayout:
-    """Where rows lie in an open file: the position of their first element, the bytes from one row to the next and from
-    one column to the next. `plain` where each row follows the one before, in native byte order."""
+    """Where rows lie in an open file.
+
+    Args:
+        position: of the first element.
+        strides: bytes from one row to the next, and from one column to the next.
+        features: elements of a row.
+        itemsize: bytes of an element.
+        swapped: elements are of foreign byte order.
+        reads: rows are read, not written; messages say so.
+    """
 
     fd: int
     path: Path
     position: int
     strides: tuple[int, int]
-    itemsize: int  # bytes of an element
+    features: int
+    itemsize: int
     swapped: bool = False
-    plain: bool = True
-    reads: bool = True  # whether rows are read, not written: what messages say
+    reads: bool = True
 
     @classmethod
     def in_order(
-        cls, fd: int, path: Path, position: int, features: int, itemsize: int, *, reads: bool = True
+        cls,
+        fd: int,
+        path: Path,
+        position: int,
+        features: int,
+        itemsize: int,
+        *,
+        swapped: bool = False,
+        reads: bool = True,
     ) -> FileLayout:
-        return cls(fd, path, position, (features * itemsize, itemsize), itemsize, reads=reads)
+        """Each row follows the one before."""
+        return cls(fd, path, position, (features * itemsize, itemsize), features, itemsize, swapped, reads)
 
     @classmethod
     def like(cls, fd: int, path: Path, position: int, array: HostArray, *, reads: bool = True) -> FileLayout:
         """As the elements of `array` lie in memory."""
-        plain = array.shape[1] * array.itemsize, array.itemsize
-        row, column = (a if n > 1 else b for n, a, b in zip(array.shape, array.strides, plain, strict=True))
-        swapped = not array.dtype.isnative
-        return cls(
-            fd, path, position, (row, column), array.itemsize, swapped, not swapped and (row, column) == plain, reads
-        )
+        features, itemsize = array.shape[1], array.itemsize
+        in_order = features * itemsize, itemsize
+        row, column = (a if n > 1 else b for n, a, b in zip(array.shape, array.strides, in_order, strict=True))
+        return cls(fd, path, position, (row, column), features, itemsize, not array.dtype.isnative, reads)
+
+    @property
+    def plain(self) -> bool:
+        """Whether each row follows the one before, in native byte order."""
+        return not self.swapped and self.strides == (self.features * self.itemsize, self.itemsize)
 
     @property
     def by_columns(self) -> bool:

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from pipeline.arrays import HostArray
 from pipeline.dtypes import Cast, DType, cast_between
 from pipeline.errors import OptionError, PipelineError
 from pipeline.flow import BatchResult, Sink, Source
 from pipeline.layer.checks import check_dtype, check_rows
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 _BUILT_IN = {  # modules with `open_source`, `open_sink` or both, and the suffixes and types that these open
     "pipeline.io.memory": ("numpy.ndarray", "torch.Tensor"),
@@ -174,10 +176,12 @@ def _dotted(kind: str | type) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _entry_points(group: str, *_path: str) -> dict[str, list[importlib.metadata.EntryPoint]]:
+def _entry_points(group: str, *_path: str) -> dict[str, list[EntryPoint]]:
     """The entry points of a group by their names, as `_path` (sys.path) has them."""
-    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
-    for point in importlib.metadata.entry_points(group=group):
+    from importlib.metadata import entry_points  # it takes longer to import than all of this package's formats
+
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
         found.setdefault(point.name, []).append(point)
     return found
 

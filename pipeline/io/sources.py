@@ -22,9 +22,11 @@ def open_source(value: Any, request: SourceRequest) -> Source:
     """
     source = _opener(value)(value, request)
     try:
-        source.dtype = parse_dtype(source.dtype, f"{source.name} dtype")
+        dtype = parse_dtype(source.dtype, f"{source.name} dtype")
+        if dtype is not source.dtype:  # a type's name
+            source.dtype = dtype
         request.check_rows((source.rows or 0, source.features), source.name)
-        request.check_dtype(source.dtype, source.name, source.conversion(request.dtype))
+        request.check_dtype(dtype, source.name, source.conversion(request.dtype))
     except BaseException:
         source.close()
         raise

@@ -18,7 +18,7 @@ from pipeline.io.files import FileLayout, FileSource, check_size, open_regular
 from pipeline.io.registry import SinkRequest, SourceRequest
 
 _MAX_HEADER_BYTES = 16_384  # NumPy reads no header of more than 10,000 characters
-_HEADER_BYTES = 128  # of the files written
+_HEADER_BYTES = 128  # what `header_bytes` makes
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,9 @@ def _source(fd: int, path: Path, request: SourceRequest) -> NpySource:
     expected = header.length + rows * features * dtype.itemsize
     promise = f"its header promises {expected} for shape {header.shape}"
     check_size(fd, path, expected, promise, "copy or save it again")
-    strides = (dtype.itemsize, rows * dtype.itemsize) if header.fortran else (features * dtype.itemsize, dtype.itemsize)
-    plain = not header.fortran and dtype.isnative
-    layout = FileLayout(fd, path, header.length, strides, dtype.itemsize, swapped=not dtype.isnative, plain=plain)
+    itemsize = dtype.itemsize
+    strides = (itemsize, rows * itemsize) if header.fortran else (features * itemsize, itemsize)
+    layout = FileLayout(fd, path, header.length, strides, features, itemsize, swapped=not dtype.isnative)
     kind = ".npy file in Fortran order" if header.fortran else ".npy file"
     return NpySource(kind, layout, (rows, features), element, path)
 

@@ -72,7 +72,7 @@ def open_source(value: Any, request: SourceRequest) -> Source:
     element, shape = value.element, _sizes(value.shape, path)
     request.check_rows(shape, f"the array in {path}", f"RawFile(path, dtype, (rows, {request.in_features}))")
     rows, features = shape
-    expected, row_bytes = rows * features * element.itemsize, features * element.itemsize
+    expected = rows * features * element.itemsize
     fd = open_regular(path, "a file of rows")
     try:
         promise = f"shape {shape} of {element} makes {expected}"
@@ -80,8 +80,7 @@ def open_source(value: Any, request: SourceRequest) -> Source:
     except BaseException:
         os.close(fd)
         raise
-    strides, swapped = (row_bytes, element.itemsize), value.swapped
-    layout = FileLayout(fd, path, 0, strides, element.itemsize, swapped=swapped, plain=not swapped)
+    layout = FileLayout.in_order(fd, path, 0, features, element.itemsize, swapped=value.swapped)
     return FileSource("raw file", layout, (rows, features), element, path)
 
 
