@@ -15,7 +15,7 @@ from pipeline.dtypes import DType, wire_dtypes
 from pipeline.errors import OptionError
 from pipeline.instrument import bus_rates
 from pipeline.plan.machine import Machine, is_rate, of_gpus
-from pipeline.plan.simulate import Lanes, Wire, ring_bytes, simulate
+from pipeline.plan.simulate import StageRates, Wire, ring_bytes, simulate
 
 SOURCES = ("pinned", "array", "file")
 OUTPUTS = (*SOURCES, "fresh")
@@ -154,7 +154,7 @@ def predict(job: Job, machine: Machine) -> Prediction:
     busy_shares: dict[str, float] = {}
     if memory.gpu_bytes <= machine.gpu_memory_bytes:
         simulated = simulate(
-            _lanes(job, machine, limits),
+            _stage_rates(job, machine, limits),
             job.wire,
             rows_each,
             staged_in=job.staged_in,
@@ -163,9 +163,9 @@ def predict(job: Job, machine: Machine) -> Prediction:
             num_streams=job.num_streams,
         )
         busy_shares = simulated.busy_shares
-        lanes_s = simulated.seconds + (rows_each - simulated.rows) / simulated.steady_rows_per_s
+        stages_s = simulated.seconds + (rows_each - simulated.rows) / simulated.steady_rows_per_s
         run_us = machine.staged_run_us if job.staged_in or job.staged_out else machine.pinned_run_us
-        seconds = max(lanes_s, job.rows / limits[bound]) + run_us * 1e-6
+        seconds = max(stages_s, job.rows / limits[bound]) + run_us * 1e-6
         rate = job.rows / seconds
     return Prediction(
         rows_per_s=rate,
@@ -307,14 +307,14 @@ def _is_cached(job: Job, machine: Machine) -> bool:
     return -(-job.rows // job.hosts) * job.in_row_bytes <= machine.host_memory_bytes
 
 
-def _lanes(job: Job, machine: Machine, limits: dict[str, float]) -> Lanes:
-    """One GPU's lanes, with all GPUs at work."""
+def _stage_rates(job: Job, machine: Machine, limits: dict[str, float]) -> StageRates:
+    """What each stage of one GPU would move, with all GPUs at work."""
 
     def lowest(*names: str) -> float:
         return min(limits.get(name, math.inf) for name in names) / job.gpus
 
     fill_bytes, drain_bytes = _staged_bytes(job)
-    return Lanes(
+    return StageRates(
         fill=lowest("fill", "page cache", "disk read"),
         h2d=lowest("H2D"),
         kernel=lowest("kernel"),
