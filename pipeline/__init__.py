@@ -31,8 +31,9 @@ from pipeline.errors import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.api import Pipeline, Progress, Result, run_pipelined
+    from pipeline.api import Pipeline, Result, run_pipelined
     from pipeline.layer.linear import FusedLinear
+    from pipeline.options import Progress
     from pipeline.pinned import Pinned, pin
     from pipeline.report.stats import Stats
     from pipeline.torch_op import GemmSigmoidScalingResidualAdd, fused_gemm_sigmoid_scale_add
@@ -74,7 +75,7 @@ _HOMES = {
     "Pinned": "pipeline.pinned",
     "pin": "pipeline.pinned",
     "Pipeline": "pipeline.api",
-    "Progress": "pipeline.api",
+    "Progress": "pipeline.options",
     "Result": "pipeline.api",
     "run_pipelined": "pipeline.api",
     "Stats": "pipeline.report.stats",

@@ -11,12 +11,6 @@ from pipeline.errors import OptionError
 GIB = 2**30
 MIB = 2**20
 
-CHUNK_BYTES = 32 * MIB  # of the wider of a chunk's two sides
-# NOTE: with 4, chunks fall into step, all loading and then all unloading, and lose overlap: 0.73 to 0.97 of the duplex
-# PCIe ceiling from run to run, against 0.96 with 6 (H200, pinned to pinned, 4096 -> 4096, tf32). 8 add nothing.
-DEFAULT_STREAMS = 6
-_FEWEST_CHUNKS, _FEWEST_ROWS = 8, 256  # of an automatic choice; a kernel on fewer rows leaves multiprocessors idle
-
 
 def _environment_int(name: str, default: int) -> int:
     text = os.environ.get(name, "")
@@ -110,18 +104,6 @@ def native_copy() -> bool:
             f"written in C)"
         )
     return text != "0"
-
-
-def auto_chunk_rows(row_bytes: int, *, most: int = 65_536) -> int:
-    """Rows of a chunk of about 32 MiB, a multiple of 128 between 128 and `most`; `row_bytes` is its wider side's."""
-    return int(min(most, max(128, CHUNK_BYTES // row_bytes // 128 * 128)))
-
-
-def rows_a_chunk(rows: int, devices: int, most: int, *, fewest_chunks: int = _FEWEST_CHUNKS) -> int:
-    """Rows of the chunks of a run of `rows` rows on `devices` devices: `most`, or fewer where the run is so short that
-    its copies and kernels wouldn't overlap."""
-    share = -(-rows // (fewest_chunks * devices))
-    return min(most, max(_FEWEST_ROWS, -(-share // 128) * 128))
 
 
 def debug() -> bool:

@@ -429,7 +429,7 @@ def case_short(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
 def case_shapes(bench: Bench, options: argparse.Namespace) -> dict[str, Any]:
     """Narrow and wide layers: the bound that each hits and the fraction reached."""
     from pipeline import Pipeline
-    from pipeline.report.stats import nearness
+    from pipeline.report.stages import nearness
 
     results = {}
     for in_features, out_features in NARROW:

@@ -133,8 +133,6 @@ def test_pipeline_options_are_keywords() -> None:
 def test_pipeline_auto_chunk_is_about_32_mib_of_the_wider_side(
     in_features: int, out_features: int, devices: list[str], most: int
 ) -> None:
-    from pipeline.api import _auto_chunk_rows
-
     layer = FusedLinear(np.broadcast_to(np.float32(0), (out_features, in_features)))
     rows = _auto_chunk_rows(layer, layer.dtype, layer.dtype, devices)
     assert rows % 128 == 0 and 128 <= rows <= most
@@ -171,7 +169,7 @@ def test_pipeline_second_device_that_fails_closes_the_first(monkeypatch: pytest.
             raise PlannedError
         return open_device(name)
 
-    monkeypatch.setattr("pipeline.api.open_device", fail)
+    monkeypatch.setattr("pipeline.fleet.open_device", fail)
     with nothing_left_behind(), pytest.raises(PlannedError):
         open_pipeline(devices=["cpu", "sim"])
 
@@ -230,11 +228,11 @@ def test_stats_name_the_stage_that_bounds_the_run(
 ) -> None:
     """On simulated hardware with one slow part, that part is busy nearly all the time."""
     small_rings(monkeypatch, 500)
-    monkeypatch.setattr("pipeline.api.open_device", lambda name: SimDevice(Hardware(latency_s=0.0, **hardware)))
+    monkeypatch.setattr("pipeline.fleet.open_device", lambda name: SimDevice(Hardware(latency_s=0.0, **hardware)))
     out: Any = None
     with open_pipeline(devices="sim") as pipeline:
         if stage == "fill":  # nothing to drain, so that one worker has the fills alone
-            lane = pipeline._lanes[0].device
+            lane = pipeline.fleet.stations[0].device
             assert isinstance(lane, SimDevice)
             out = lane.pin(poisoned((200, 7)))
         stats = pipeline.run(X, out).stats
@@ -276,7 +274,7 @@ def test_debug_mode_poisons_buffers_and_changes_no_bit(monkeypatch: pytest.Monke
     small_rings(monkeypatch, 500)
     with open_pipeline() as pipeline:
         assert_same_bits(pipeline.run(np.asfortranarray(X), np.asfortranarray(poisoned((200, 7)))).out, LAYER(X))
-        assert all((memory == 0xFF).all() for memory in pipeline._lanes[0].executor.ring_in._memory)
+        assert all((memory == 0xFF).all() for memory in pipeline.fleet.stations[0].executor.ring_in._memory)
 
 
 # -- several devices ---------------------------------------------------------------------------------------------------
@@ -306,7 +304,7 @@ def test_devices_one_fails_and_the_other_ends_too(broken: str, monkeypatch: pyte
     small_rings(monkeypatch)
     x = random_rows(3000, 12)
     with nothing_left_behind(), open_pipeline(devices=["cpu", "sim"]) as pipeline:
-        device = next(lane.device for lane in pipeline._lanes if lane.device.name == broken)
+        device = next(lane.device for lane in pipeline.fleet.stations if lane.device.name == broken)
         compute = device.compute
 
         def refuse(*arguments: Any) -> Any:
@@ -332,7 +330,7 @@ def test_devices_interrupt_while_waiting_for_the_other(tmp_path: Path, monkeypat
         join(self, timeout)
 
     with nothing_left_behind(tmp_path), open_pipeline(devices=["cpu", "sim"]) as pipeline:
-        sim = pipeline._lanes[1].device
+        sim = pipeline.fleet.stations[1].device
         idle = sim.idle
         monkeypatch.setattr(sim, "idle", lambda: (time.sleep(0.02), idle()))
         monkeypatch.setattr(threading.Thread, "join", interrupt_once)
@@ -379,7 +377,7 @@ def test_pipeline_closed_is_said_so() -> None:
 def test_result_keeps_neither_device_nor_weights() -> None:
     pipeline = open_pipeline(random_layer(12, 7))
     result = pipeline.run(X)
-    kept = [weakref.ref(pipeline._lanes[0].device), weakref.ref(pipeline.layer)]
+    kept = [weakref.ref(pipeline.fleet.stations[0].device), weakref.ref(pipeline.layer)]
     pipeline.close()
     del pipeline
     gc.collect()

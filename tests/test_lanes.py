@@ -298,8 +298,8 @@ def test_lanes_of_two_devices_share_the_workers(monkeypatch: pytest.MonkeyPatch)
         device.name = name
         return device
 
-    monkeypatch.setattr("pipeline.api.find_devices", lambda wanted: ["one", "two"])
-    monkeypatch.setattr("pipeline.api.open_device", named)
+    monkeypatch.setattr("pipeline.fleet.find_devices", lambda wanted: ["one", "two"])
+    monkeypatch.setattr("pipeline.fleet.open_device", named)
     layer, x = random_layer(24, 31), random_rows(4000, 24)
     y = poisoned((4000, 31))
     with open_pipeline(layer) as pipe:

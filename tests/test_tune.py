@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pipeline.api
 from pipeline import FusedLinear, Pipeline
 from pipeline.arrays import HostArray
 from pipeline.config import MIB, Staging
@@ -314,7 +313,7 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Bus]]:
         opened.append(Bus())
         return opened[-1]
 
-    monkeypatch.setattr(pipeline.api, "open_device", open_device)
+    monkeypatch.setattr("pipeline.fleet.open_device", open_device)
     monkeypatch.setattr(tune, "measured_with", lambda copies, now, budget_s: MEASURED)
     monkeypatch.setattr(tune, "PAYS_BYTES", 1000 * (64 + 48) * 4)
     Bus.probes = 0

@@ -14,7 +14,7 @@ from pipeline.executor import Executor
 from pipeline.flow import Chunk, DeviceRows, Job, Operation, Sink, SourceRows, TargetRows
 from pipeline.instrument import Recorder
 from pipeline.io.memory import RangeFeed
-from pipeline.report.stats import stage_stats
+from pipeline.report.stages import stage_stats
 
 _CHUNKS, _PIECES = 240, 8_000  # simulated at most, but for as many chunks as it takes to fill and empty the stages
 _STREAMS = 60  # simulated at most: a chunk that waits behind so many others changes nothing
@@ -22,7 +22,7 @@ _STREAMS = 60  # simulated at most: a chunk that waits behind so many others cha
 
 @dataclass(frozen=True)
 class StageRates:
-    """Rows per second that each stage of a GPU would move alone. Infinity stands for a stage that a job doesn't use.
+    """Rows per second that each stage of a GPU would move alone. Infinity stands for a stage that isn't used.
 
     `memory` is for fills and drains together, `fill_share` the part of its bytes that fills move. `pause_s` is what a
     copy engine loses before the first copy of another chunk.

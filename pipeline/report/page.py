@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.instrument import STAGES
 from pipeline.report.picture import CHUNKS, COLORS, NOTHING, drawn_lanes, excerpt, headline, uses_of, verdict, within
-from pipeline.report.stats import rate_text
+from pipeline.report.stages import rate_text
 from pipeline.report.timeline import DeviceUse, Timeline, causes_text
 
 _MEANINGS = {

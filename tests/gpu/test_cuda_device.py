@@ -112,7 +112,7 @@ def test_pinned_but_strided_goes_through_the_ring(expected: Any) -> None:
 def test_pageable_memory_is_staged(expected: Any) -> None:
     with open_pipeline() as pipeline:
         result = pipeline.run(X)
-        assert pipeline._lanes[0].executor._lanes is not None, "in C"
+        assert pipeline.fleet.stations[0].executor._lanes is not None, "in C"
     assert result.stats.stages["fill"].bytes == X.nbytes
     assert_same_bits(result.out, expected)
 
@@ -137,7 +137,9 @@ def test_rows_of_odd_width_are_staged_by_the_loop() -> None:
     layer, x = random_layer(33, 17), random_rows(3000, 33)
     with open_pipeline(layer) as pipeline:
         out = pipeline.run(x).out
-        assert pipeline._lanes[0].executor._lanes is None, "no single copy can move rows that are apart on the GPU"
+        assert pipeline.fleet.stations[0].executor._lanes is None, (
+            "no single copy can move rows that are apart on the GPU"
+        )
     assert_close(out, layer, x)
 
 
@@ -380,7 +382,7 @@ def test_chunk_that_cannot_fit_is_refused_by_name() -> None:
 
 def test_allocation_that_fails_names_what_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's own refusal, where the check before let it pass."""
-    monkeypatch.setattr("pipeline.api._check_memory", lambda *arguments: None)
+    monkeypatch.setattr("pipeline.fleet._check_memory", lambda *arguments: None)
     free = device_free_bytes()
     with nothing_left_behind():
         with pytest.raises(DeviceMemoryError, match=r"chunk \d needs .* GiB on cuda:0"):
@@ -606,7 +608,7 @@ def test_two_gpus_share_a_job(kind: str, tmp_path: Path) -> None:
         result = both.run(source, tmp_path / "y.npy" if kind == "path" else None)
         assert list(result.stats.devices) == ["cuda:0", "cuda:1"]
         assert_same_bits(np.load(result.out) if kind == "path" else result.out, expected)
-        chunks = [len(lane.executor._recorder.intervals) for lane in both._lanes]
+        chunks = [len(lane.executor._recorder.intervals) for lane in both.fleet.stations]
         assert min(chunks) > 0, "one GPU did all the work"
 
 
