@@ -1,4 +1,4 @@
-"""The environment variables that the package reads (report/nsys.py reads two more), and what follows from them."""
+"""Every environment variable that the package reads, and how rows are staged, which some of them decide."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def cores() -> int:
 class Staging:
     """How rows are staged between the caller's memory and a device: the pinned ring and the copy workers."""
 
-    piece_bytes: int  # of one pinned piece, on the wire
-    ring_pieces: int  # in each direction
+    piece_bytes: int  # a pinned piece has so many, of rows as they cross the bus
+    ring_pieces: int  # each direction has so many
     workers: int  # threads that fill and drain pieces
     origin: str = field(default="", compare=False)  # where the values came from, for reports
 
@@ -109,3 +109,13 @@ def native_copy() -> bool:
 def debug() -> bool:
     """Whether PIPELINE_DEBUG is set: buffers are overwritten with NaN between uses."""
     return bool(os.environ.get("PIPELINE_DEBUG"))
+
+
+def nsys_program() -> str | None:
+    """The Nsight Systems program to record with (PIPELINE_NSYS), None where the PATH decides."""
+    return os.environ.get("PIPELINE_NSYS") or None
+
+
+def nsys_packages() -> Path:
+    """The folder with packages of libraries that Nsight Systems' importer may lack (PIPELINE_NSYS_DEBS)."""
+    return Path(os.environ.get("PIPELINE_NSYS_DEBS", ".deb"))

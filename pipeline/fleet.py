@@ -59,7 +59,7 @@ class Station:
 
     @property
     def pinned_bytes(self) -> int:
-        """Of its rings, which are allocated when they are first used."""
+        """What its rings take, which are allocated when they are first used."""
         return self.executor.pinned_bytes
 
     def run(
@@ -111,7 +111,7 @@ class Fleet:
         self.stations: list[Station] = []
         self.ceilings: dict[str, Ceilings] = {}
         self.gather_buffers: list[HostArray] = []
-        self._workers: Workers | None = None  # of all devices without workers of their own
+        self._workers: Workers | None = None  # shared by all devices without workers of their own
         self._devices: list[Device] = []
         self._pid = os.getpid()
         try:
@@ -155,7 +155,7 @@ class Fleet:
         self.stations, self._devices, self._workers = [], [], None
         self.gather_buffers = []
 
-    # -- for a run -----------------------------------------------------------------------------------------------------
+    # -- what a run asks for -----------------------------------------------------------------------------------------------------
 
     def is_pinned(self, array: HostArray) -> bool:
         """Whether copy engines can use contiguous memory of the caller's as it is."""

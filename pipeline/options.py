@@ -19,10 +19,10 @@ if TYPE_CHECKING:  # NumPy isn't imported here, so that `pipeline --help` is qui
     from pipeline.dtypes import DType
 
 DEFAULT_STREAMS = 6  # fewer fall into step and lose overlap (docs/notes/runs.md)
-_CHUNK_BYTES = 32 * 2**20  # of the wider of a chunk's two sides, where its rows are chosen
-_MOST_ROWS, _MOST_CPU_ROWS = 65_536, 2**20  # of such a chunk
-_FEWEST_CHUNKS, _FEWEST_CPU_CHUNKS = 8, 2  # of a short run; the CPU's threads wait for each other at each chunk's end
-_FEWEST_ROWS = 256  # of a short run's chunk: a kernel on fewer rows leaves multiprocessors idle
+_CHUNK_BYTES = 32 * 2**20  # what the wider of a chunk's two sides has, where its rows are chosen
+_MOST_ROWS, _MOST_CPU_ROWS = 65_536, 2**20  # such a chunk has no more
+_FEWEST_CHUNKS, _FEWEST_CPU_CHUNKS = 8, 2  # a short run has; the CPU's threads wait for each other at each one's end
+_FEWEST_ROWS = 256  # a short run's chunks have: a kernel on fewer leaves multiprocessors idle
 
 
 # -- what is known of an option ----------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ class About:
     text: str  # for docstrings
     parse: Callable[[Any], Any]  # gives the normal form, raises ValueError("expected ...") or a PipelineError
     flag: Flag | None  # None: not an option of the command line
-    of_one_run: bool  # of one run, not of a Pipeline
+    of_one_run: bool  # each run of a Pipeline may have its own value
     planned: bool  # it changes what a run takes, so a plan has it too
 
 

@@ -21,7 +21,7 @@ from pipeline.options import Progress, RunOptions
 from pipeline.report.record import Ends, Record, Setup
 from pipeline.report.stats import ceiling_rows_per_s
 
-_numbers = itertools.count()  # of the runs of this process, for profilers
+_numbers = itertools.count()  # the runs of this process are numbered, for profilers
 
 
 def run_dataset(fleet: Fleet, source: Any, out: Any, options: RunOptions) -> tuple[Any, Record]:

@@ -17,7 +17,7 @@ from pipeline.plan.memory import memory_of, problems
 from pipeline.plan.simulate import StageRates, simulate
 from pipeline.plan.workload import Workload, check
 
-_SHORT = 0.75  # of its bound's rate: a workload that reaches less doesn't keep its lanes full
+_SHORT = 0.75  # a workload that reaches less of its bound's rate doesn't keep its lanes full
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Prediction:
     bound: str
     bound_share: float | None
     limits: dict[str, float]
-    busy_shares: dict[str, float]  # of a GPU's lanes, before what storage and network limit
+    busy_shares: dict[str, float]  # one GPU's lanes, before storage and network limit them
     chunk_rows: int
-    gpu_memory_bytes: int  # of one GPU: weights and slots
-    pinned_bytes: int  # of one GPU's rings
-    host_memory_bytes: int  # of one host: rings, and the arrays
+    gpu_memory_bytes: int  # one GPU's weights and slots
+    pinned_bytes: int  # one GPU's rings
+    host_memory_bytes: int  # one host's rings, and the arrays
     problems: list[str]  # why it wouldn't run at all
     notes: list[str]
     machine: str

@@ -12,7 +12,7 @@ from pipeline.plan.simulate import Wire
 
 SOURCES = ("pinned", "array", "file")
 OUTPUTS = (*SOURCES, "fresh")
-_MOST = 2**63 - 1  # of rows, features, GPUs and the like
+_MOST = 2**63 - 1  # rows, features, GPUs and the like
 
 
 @dataclass(frozen=True)

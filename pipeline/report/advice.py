@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pipeline.report.record import Ends
 from pipeline.report.stages import StageStats, nearness
 
-_AT_CEILING = 0.9  # of the measured ceiling: the hardware is used up
+_AT_CEILING = 0.9  # from this share of the measured ceiling on, the hardware is used up
 _MOSTLY_BUSY = 0.75
 _MEMORY = Ends()
 

@@ -23,14 +23,14 @@ class Setup:
     """How a run was made: its layer, its devices, its ends, and the options in force."""
 
     devices: dict[str, str]  # that took part, with what hardware they are
-    ceilings: dict[str, Ceilings]  # of those whose buses were measured
+    ceilings: dict[str, Ceilings]  # those devices have some whose buses were measured
     kernel: str
     precision: str  # that was asked for
     runs_as: str  # that ran
     in_features: int
     out_features: int
-    in_row_bytes: int  # of the source's element type
-    out_row_bytes: int  # of the result's
+    in_row_bytes: int  # in the source's element type
+    out_row_bytes: int  # in the result's element type
     wire: str  # the element type that crossed the bus on the way in
     chunk_rows: int
     num_streams: int
@@ -49,7 +49,7 @@ class Record:
     rows: int
     start_s: float
     seconds: float  # until the result was complete
-    finish_s: float  # of `seconds`, after the last row was stored
+    finish_s: float  # the part of `seconds` after the last row was stored
     exact_rows: int  # computed in exact fp32 because of their range
     recorders: Sequence[Recorder]
 

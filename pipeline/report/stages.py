@@ -21,7 +21,7 @@ class StageStats:
     count: int
     bytes: int
     busy_s: float
-    busy_share: float  # of the run's seconds, averaged over the devices
+    busy_share: float  # the part of the run's seconds, averaged over the devices
     waiting_s: float = 0.0
     waiting_for: dict[str, float] = field(default_factory=dict)
     rate: float = 0.0

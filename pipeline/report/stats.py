@@ -15,11 +15,11 @@ from pipeline.report.timeline import device_use
 
 @dataclass(frozen=True)
 class Stats:
-    """The figures of one run. Seconds are wall time, GB/s are 1e9 bytes a second."""
+    """The figures of one run. Seconds are wall time, GB/s are 1e9 bytes per second."""
 
     rows: int
     seconds: float  # until the result is complete
-    finish_s: float  # of these, after the last row was stored: a file is synced and gets its name
+    finish_s: float  # their part after the last row was stored: a file is synced and gets its name
     rows_per_s: float
     bytes_in: int
     bytes_out: int
@@ -29,20 +29,20 @@ class Stats:
     stages: dict[str, StageStats]
     bound: str  # the stage nearest to its limit, or "disk" (see `bound`); "none" for an empty run
     advice: str  # one sentence: what would make the run faster; "" for an empty run
-    ceilings: dict[str, Ceilings]  # of the devices that have measured ones
-    kernel_hidden_share: float | None  # of the kernels' time, spent while a copy ran as well
-    copy_hidden_share: float | None  # of the time of copies in either direction, spent while a kernel ran as well
+    ceilings: dict[str, Ceilings]  # those devices have some whose buses were measured
+    kernel_hidden_share: float | None  # the part of the kernels' time while a copy ran as well
+    copy_hidden_share: float | None  # the part of the copies' time, either way, while a kernel ran as well
     devices: dict[str, str]  # name: hardware
     kernel: str
     precision: str  # that was asked for
     runs_as: str  # that ran
-    exact_rows: int  # of "fp32": rows whose range asked for exact fp32 ("ieee")
+    exact_rows: int  # in "fp32", rows whose range asked for exact fp32 ("ieee")
     wire: str  # the element type that crossed the bus on the way in
     chunk_rows: int
     num_streams: int
     chunks: int
     copy_workers: str
-    piece_bytes: int  # of the pinned ring in each direction, on the wire
+    piece_bytes: int  # the pinned rings have so many, of rows as they cross the bus
     ring_pieces: int
     staging_origin: str  # where these two and the number of copy workers come from
     pinned_bytes: int
@@ -148,7 +148,7 @@ def comparable(found: Ceilings, ends: Ends) -> Ceilings:
 def ceiling_rows_per_s(
     ceilings: Mapping[str, Ceilings], devices: Sequence[str], in_row_bytes: int, out_row_bytes: int, row_flop: int
 ) -> float | None:
-    """Rows a second that the buses and kernels of all `devices` allow; None where one has no measured bus."""
+    """Rows per second that the buses and kernels of all `devices` allow; None where one has no measured bus."""
     total = 0.0
     for device in devices:
         found = ceilings.get(device)
