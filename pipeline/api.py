@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.config import Staging
+from pipeline.dtypes import DType
 from pipeline.errors import PipelineError, TraceWarning
 from pipeline.exclusive import Turn, Turns
 from pipeline.fleet import Fleet
@@ -86,6 +87,11 @@ class Pipeline:
     def num_streams(self) -> int:
         """Chunks in flight on a device."""
         return self.fleet.options.streams
+
+    @property
+    def out_dtype(self) -> DType:
+        """The element type of results."""
+        return self.fleet.out_dtype
 
     @property
     def staging(self) -> Staging:

@@ -155,7 +155,7 @@ class Fleet:
         self.stations, self._devices, self._workers = [], [], None
         self.gather_buffers = []
 
-    # -- what a run asks for -----------------------------------------------------------------------------------------------------
+    # -- what a run asks for -------------------------------------------------------------------------------------------
 
     def is_pinned(self, array: HostArray) -> bool:
         """Whether copy engines can use contiguous memory of the caller's as it is."""

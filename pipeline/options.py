@@ -246,6 +246,8 @@ class RunOptions:
 
     def with_values(self, values: Mapping[str, Any]) -> RunOptions:
         """These options with some of them replaced."""
+        if not values:
+            return self
         return RunOptions(**{**self.as_keywords(), **values})
 
     def as_keywords(self) -> dict[str, Any]:
