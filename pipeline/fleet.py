@@ -3,79 +3,26 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipeline.arrays import HostArray
-from pipeline.config import GIB, Staging
 from pipeline.devices.base import Device
 from pipeline.devices.names import find_devices, open_device
 from pipeline.dtypes import FLOAT64, Cast, DType
-from pipeline.errors import DeviceMemoryError, DTypeError, OptionError
-from pipeline.executor import Executor
-from pipeline.flow import Chunk, Feed, Fill, Sink, Source, Workers
-from pipeline.instrument import Ceilings, Recorder
+from pipeline.errors import DTypeError, OptionError
+from pipeline.flow import Fill, Sink, Source, Workers
+from pipeline.instrument import Ceilings
 from pipeline.io.memory import ArrayRows
 from pipeline.layer.linear import FusedLinear
 from pipeline.options import RunOptions
 from pipeline.staging.native import open_workers
+from pipeline.station import Assignment, Station
 from pipeline.tuning.tune import Tuning
 
 _GATHER_BYTES, _FEWEST_BUFFERS = 96 * 2**20, 2  # pinned chunk buffers for iterables, all devices together
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What every device of a fleet is prepared for: a layer and results as they cross the bus, and the slots."""
-
-    layer: FusedLinear
-    out_dtype: DType
-    chunk_rows: int
-    num_streams: int
-
-
-class Station:
-    """One opened device, prepared for a layer, with what moves rows to it and from it.
-
-    Nothing else of a fleet or a run knows the executor.
-    """
-
-    def __init__(self, device: Device, workers: Workers, assignment: Assignment, staging: Staging) -> None:
-        layer, out_dtype, num_streams = assignment.layer, assignment.out_dtype, assignment.num_streams
-        device.prepare(layer, out_dtype, assignment.chunk_rows)
-        _check_memory(device, assignment)
-        device.allocate(assignment.chunk_rows, num_streams)
-        self.device, self.workers = device, workers
-        self.executor = Executor(device, workers, layer, out_dtype, num_streams, staging)
-
-    def restage(self, workers: Workers, staging: Staging) -> None:
-        """Stage the next runs' rows with other workers and rings. Between runs only."""
-        self.workers = workers
-        self.executor.restage(workers, staging)
-
-    @property
-    def pinned_bytes(self) -> int:
-        """What its rings take, which are allocated when they are first used."""
-        return self.executor.pinned_bytes
-
-    def run(
-        self,
-        feed: Feed,
-        sink: Sink,
-        recorder: Recorder,
-        on_commit: Callable[[Chunk], None],
-        stopping: threading.Event,
-    ) -> None:
-        """Move the feed's chunks through the device until there are no more. Blocks; raises as `Executor.run`."""
-        self.executor.run(feed, sink, recorder, on_commit, stopping)
-
-    def close(self) -> None:
-        """End what moves rows. The device stays open, its copy workers too."""
-        self.executor.close()
 
 
 class Fleet:
@@ -253,21 +200,3 @@ def _layer_on_the_wire(layer: FusedLinear, wire: DType, workers: Workers) -> Fus
         return rounded
 
     return layer.rounded_to(wire, narrow)
-
-
-def _check_memory(device: Device, assignment: Assignment) -> None:
-    """Check that the slots fit into the device's free memory.
-
-    Raises:
-        DeviceMemoryError: they don't fit beside the weights.
-    """
-    layer, chunk_rows, num_streams = assignment.layer, assignment.chunk_rows, assignment.num_streams
-    row_bytes = layer.in_features * layer.dtype.itemsize + layer.out_features * assignment.out_dtype.itemsize
-    needed, free = num_streams * chunk_rows * row_bytes, device.free_bytes()
-    if free is not None and needed > free:
-        fitting_rows = free // (num_streams * row_bytes)
-        smaller = f"chunk_rows={fitting_rows} or less, or " if fitting_rows else ""
-        raise DeviceMemoryError(
-            f"{num_streams} chunks of {chunk_rows} rows need {needed / GIB:.2f} GiB on {device.name}, "
-            f"{free / GIB:.2f} GiB are free: pass {smaller}fewer num_streams"
-        )

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.dtypes import parse_precision
 from pipeline.errors import OptionError, PipelineError, uninterrupted
-from pipeline.fleet import Fleet, Station
+from pipeline.fleet import Fleet
 from pipeline.flow import Chunk, Feed, Gather, Sink, Source
 from pipeline.instrument import KEPT, KEPT_FOR_TRACE, RUN, Ranges, Recorder
 from pipeline.io.batches import BatchSink
@@ -20,6 +20,7 @@ from pipeline.io.sources import open_source
 from pipeline.options import Progress, RunOptions
 from pipeline.report.record import Ends, Record, Setup
 from pipeline.report.stats import ceiling_rows_per_s
+from pipeline.station import Station
 
 _numbers = itertools.count()  # the runs of this process are numbered, for profilers
 

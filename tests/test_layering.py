@@ -25,7 +25,7 @@ LEVELS = {
             ["io", "executor"],
             ["report"],
             ["tuning", "plan"],
-            ["fleet", "run", "api"],
+            ["station", "fleet", "run", "api"],
             ["torch_op", "demo", "testing", ""],
             ["cli"],
             ["__main__"],

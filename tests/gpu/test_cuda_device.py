@@ -382,7 +382,7 @@ def test_chunk_that_cannot_fit_is_refused_by_name() -> None:
 
 def test_allocation_that_fails_names_what_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's own refusal, where the check before let it pass."""
-    monkeypatch.setattr("pipeline.fleet._check_memory", lambda *arguments: None)
+    monkeypatch.setattr("pipeline.station._check_memory", lambda *arguments: None)
     free = device_free_bytes()
     with nothing_left_behind():
         with pytest.raises(DeviceMemoryError, match=r"chunk \d needs .* GiB on cuda:0"):
