@@ -190,3 +190,42 @@ def test_options_and_the_command_lines_help_need_no_numpy() -> None:
     code = "import sys, pipeline.options, pipeline.cli; print({'numpy', 'torch', 'cuda'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "set()"
+
+
+ONE_MORE = '''
+import importlib.util, inspect, pathlib, sys, types
+spec = importlib.util.find_spec("pipeline.options")
+one_field = """    colour: str = field(
+        default="red",
+        metadata=_about(_as_is, "what it is painted in.", flag=Flag("the paint", "PAINT"), of_one_run=True),
+    )
+
+    def __post_init__"""
+source = pathlib.Path(spec.origin).read_text()
+assert source.count("    def __post_init__") == 1
+module = sys.modules["pipeline.options"] = types.ModuleType("pipeline.options")
+exec(source.replace("    def __post_init__", one_field), vars(module))
+
+import numpy as np
+from pipeline import FusedLinear, Pipeline, run_pipelined
+from pipeline.cli import parse
+from pipeline.cli.parser import options_of
+from pipeline.cli.shell import one_line
+from pipeline.errors import OptionError
+
+for function in (run_pipelined, Pipeline.run):
+    assert inspect.signature(function).parameters["colour"].default == "red"
+    assert "colour: what it is painted in." in function.__doc__
+assert "colour" not in inspect.signature(Pipeline).parameters
+layer, x = FusedLinear(np.ones((3, 4), np.float32)), np.ones((5, 4), np.float32)
+assert run_pipelined(layer, x, devices="cpu", colour="blue").out.shape == (5, 3)
+read = options_of(parse(["run", "x.npy", "--weights", "w", "--out", "y.npy", "--colour", "blue"]))
+assert read.colour == "blue"
+assert one_line(OptionError("pass colour='blue'")) == "pass --colour blue"
+'''
+
+
+def test_a_new_option_is_one_field() -> None:
+    """Python's functions, their documentation, the command line and its messages have it from there."""
+    done = subprocess.run([sys.executable, "-c", ONE_MORE], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
