@@ -131,7 +131,7 @@ def test_pipeline_runs_in_a_background_thread() -> None:
 def test_pipeline_many_at_once_in_threads() -> None:
     failures: list[BaseException] = []
 
-    def job(seed: int) -> None:
+    def runs(seed: int) -> None:
         try:
             x = random_rows(150, 12, seed=seed)
             with open_pipeline(devices="cpu" if seed % 2 else "sim") as pipeline:
@@ -142,7 +142,7 @@ def test_pipeline_many_at_once_in_threads() -> None:
             failures.append(error)
 
     with nothing_left_behind():
-        threads = [threading.Thread(target=job, args=(seed,)) for seed in range(6)]
+        threads = [threading.Thread(target=runs, args=(seed,)) for seed in range(6)]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -91,7 +91,7 @@ def test_devices_one_fails_and_the_other_ends_too(broken: str, monkeypatch: pyte
     small_rings(monkeypatch)
     x = random_rows(3000, 12)
     with nothing_left_behind(), open_pipeline(devices=["cpu", "sim"]) as pipeline:
-        device = next(lane.device for lane in pipeline.fleet.stations if lane.device.name == broken)
+        device = next(station.device for station in pipeline.fleet.stations if station.device.name == broken)
         compute = device.compute
 
         def refuse(*arguments: Any) -> Any:

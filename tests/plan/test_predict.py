@@ -97,16 +97,16 @@ def test_plan_has_the_chunks_of_a_run(rows: int, gpus: int, hosts: int) -> None:
 
 @pytest.mark.parametrize("end", ["pinned", "array"])
 def test_plan_adds_what_a_run_takes_beyond_its_lanes(end: str) -> None:
-    job = replace(WORK, rows=1024, source=end, out=end)
+    work = replace(WORK, rows=1024, source=end, out=end)
     before, after = (
-        predict(job, replace(H200, pinned_run_us=us, staged_run_us=2 * us)).seconds for us in (100.0, 200.0)
+        predict(work, replace(H200, pinned_run_us=us, staged_run_us=2 * us)).seconds for us in (100.0, 200.0)
     )
     assert after - before == pytest.approx(100e-6 if end == "pinned" else 200e-6)
 
 
 def test_plan_pauses_copy_engines_between_chunks() -> None:
-    job = replace(WORK, options=RunOptions(chunk_rows=256))  # 0.08 ms a chunk
-    found, without = predict(job, H200), predict(job, replace(H200, copy_pause_us=1e-9))
+    work = replace(WORK, options=RunOptions(chunk_rows=256))  # 0.08 ms a chunk
+    found, without = predict(work, H200), predict(work, replace(H200, copy_pause_us=1e-9))
     assert found.seconds - without.seconds == pytest.approx(500_000 / 256 * 13e-6, rel=0.02)
 
 
@@ -119,34 +119,34 @@ def test_plan_gpus_of_one_host_share_its_bus_and_hosts_add_up() -> None:
 
 
 def test_plan_gpus_of_one_host_share_its_bus_one_way_too() -> None:
-    job = replace(WORK, rows=4 * WORK.rows, in_features=8192, out_features=64, dtype=BFLOAT16, runs_as="bfloat16")
-    assert predict(replace(job, gpus=4), H200).gb_per_s_in == pytest.approx(159, rel=0.05)
-    assert predict(replace(job, gpus=3), H200).gb_per_s_in == pytest.approx((108 + 159) / 2, rel=0.05)
+    work = replace(WORK, rows=4 * WORK.rows, in_features=8192, out_features=64, dtype=BFLOAT16, runs_as="bfloat16")
+    assert predict(replace(work, gpus=4), H200).gb_per_s_in == pytest.approx(159, rel=0.05)
+    assert predict(replace(work, gpus=3), H200).gb_per_s_in == pytest.approx((108 + 159) / 2, rel=0.05)
 
 
 def test_plan_gpus_of_one_host_share_its_memory() -> None:
-    job, far = replace(WORK, source="array", out="array"), replace(H200, copy_gb_per_s={"1": 80.0})
-    one, four = predict(job, far), predict(replace(job, gpus=4), far)
+    work, far = replace(WORK, source="array", out="array"), replace(H200, copy_gb_per_s={"1": 80.0})
+    one, four = predict(work, far), predict(replace(work, gpus=4), far)
     assert four.bound == "host memory" and four.rows_per_s == pytest.approx(one.rows_per_s, rel=0.02)
     wider = replace(H200, copy_gb_per_s={"1": 90.0, "4": 140.0})
-    assert predict(replace(job, gpus=4), wider).limits["host memory"] == pytest.approx(140e9 / (2 * 4096 * 4))
-    apart = predict(replace(job, rows=4 * WORK.rows, gpus=4, hosts=4), far)
+    assert predict(replace(work, gpus=4), wider).limits["host memory"] == pytest.approx(140e9 / (2 * 4096 * 4))
+    apart = predict(replace(work, rows=4 * WORK.rows, gpus=4, hosts=4), far)
     assert apart.rows_per_s == pytest.approx(4 * one.rows_per_s, rel=0.02)
 
 
 @pytest.mark.parametrize("gpus", [1, 10, 100, 1000])
 def test_plan_scales_until_something_shared_is_used_up(gpus: int) -> None:
-    job = replace(WORK, rows=10**9, source="file", out="file", gpus=gpus, hosts=gpus, storage_gb_per_s=2000.0)
-    found = predict(job, H200)
-    alone = predict(replace(job, storage_gb_per_s=10**9), H200)
+    work = replace(WORK, rows=10**9, source="file", out="file", gpus=gpus, hosts=gpus, storage_gb_per_s=2000.0)
+    found = predict(work, H200)
+    alone = predict(replace(work, storage_gb_per_s=10**9), H200)
     expected = min(alone.rows_per_s, 2000e9 / (2 * 4096 * 4))
     assert found.rows_per_s == pytest.approx(expected, rel=0.01) and not found.problems
     assert (found.bound == "storage") == (gpus >= 100)
 
 
 def test_plan_network_limits_each_host() -> None:
-    job = replace(WORK, source="file", out="file", gpus=8, hosts=2, network_gb_per_s=12.5)
-    found = predict(job, H200)
+    work = replace(WORK, source="file", out="file", gpus=8, hosts=2, network_gb_per_s=12.5)
+    found = predict(work, H200)
     assert found.bound == "network" and found.gb_per_s_in == pytest.approx(25.0, rel=0.02)
 
 
@@ -195,12 +195,12 @@ def test_plan_of_what_no_gpu_can_hold_simulates_nothing(change: dict[str, Any], 
 @pytest.mark.parametrize("debug", ["", "1"])
 def test_plan_takes_no_memory_for_rows(debug: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_DEBUG", debug)
-    job = replace(
+    work = replace(
         WORK, in_features=2**31, out_features=1, rows=64, source="array", options=RunOptions(chunk_rows=2)
     )  # 8 GiB a row
     tracemalloc.start()
     try:
-        found = predict(job, H200)
+        found = predict(work, H200)
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

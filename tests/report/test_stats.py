@@ -201,9 +201,9 @@ def test_stats_name_the_stage_that_bounds_the_run(
     out: Any = None
     with open_pipeline(devices="sim") as pipeline:
         if stage == "fill":  # nothing to drain, so that one worker has the fills alone
-            lane = pipeline.fleet.stations[0].device
-            assert isinstance(lane, SimDevice)
-            out = lane.pin(poisoned((200, 7)))
+            device = pipeline.fleet.stations[0].device
+            assert isinstance(device, SimDevice)
+            out = device.pin(poisoned((200, 7)))
         stats = pipeline.run(X, out).stats
     assert stats.bound == stage
     assert stats.stages[stage].busy_share > 0.8
