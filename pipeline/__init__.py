@@ -31,7 +31,7 @@ from pipeline.errors import (
 )
 
 if TYPE_CHECKING:
-    from pipeline.api import Pipeline, Progress, Result, run_pipelined
+    from pipeline.api import Pipeline, Result, run_pipelined
     from pipeline.dtypes import DType, parse_dtype, register_dtype
     from pipeline.epilogues import ByFeature, Epilogue, SigmoidScaleResidual
     from pipeline.flow import Chunk, Feed, Sink, Source, SourceRows, Span, TargetRows
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pipeline.io.registry import SinkRequest, SourceRequest, register_sink, register_source
     from pipeline.layer.base import DeviceLayer, Layer
     from pipeline.layer.linear import FusedLinear
+    from pipeline.options import Progress
     from pipeline.pinned import Pinned, pin
     from pipeline.report.stats import Stats
     from pipeline.torch_op import GemmSigmoidScalingResidualAdd, fused_gemm_sigmoid_scale_add
@@ -94,36 +95,36 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DType": "pipeline.dtypes",
-    "register_dtype": "pipeline.dtypes",
-    "Chunk": "pipeline.flow",
-    "Feed": "pipeline.flow",
-    "Sink": "pipeline.flow",
-    "Source": "pipeline.flow",
-    "SourceRows": "pipeline.flow",
-    "Span": "pipeline.flow",
-    "TargetRows": "pipeline.flow",
-    "parse_dtype": "pipeline.dtypes",
-    "RawFile": "pipeline.io.formats.raw",
-    "SinkRequest": "pipeline.io.registry",
-    "SourceRequest": "pipeline.io.registry",
-    "register_sink": "pipeline.io.registry",
-    "register_source": "pipeline.io.registry",
     "ByFeature": "pipeline.epilogues",
+    "Chunk": "pipeline.flow",
+    "DType": "pipeline.dtypes",
     "DeviceLayer": "pipeline.layer.base",
     "Epilogue": "pipeline.epilogues",
+    "Feed": "pipeline.flow",
     "FusedLinear": "pipeline.layer.linear",
     "GemmSigmoidScalingResidualAdd": "pipeline.torch_op",
     "Layer": "pipeline.layer.base",
-    "fused_gemm_sigmoid_scale_add": "pipeline.torch_op",
     "Pinned": "pipeline.pinned",
-    "pin": "pipeline.pinned",
     "Pipeline": "pipeline.api",
-    "Progress": "pipeline.api",
+    "Progress": "pipeline.options",
+    "RawFile": "pipeline.io.formats.raw",
     "Result": "pipeline.api",
-    "run_pipelined": "pipeline.api",
     "SigmoidScaleResidual": "pipeline.epilogues",
+    "Sink": "pipeline.flow",
+    "SinkRequest": "pipeline.io.registry",
+    "Source": "pipeline.flow",
+    "SourceRequest": "pipeline.io.registry",
+    "SourceRows": "pipeline.flow",
+    "Span": "pipeline.flow",
     "Stats": "pipeline.report.stats",
+    "TargetRows": "pipeline.flow",
+    "fused_gemm_sigmoid_scale_add": "pipeline.torch_op",
+    "parse_dtype": "pipeline.dtypes",
+    "pin": "pipeline.pinned",
+    "register_dtype": "pipeline.dtypes",
+    "register_sink": "pipeline.io.registry",
+    "register_source": "pipeline.io.registry",
+    "run_pipelined": "pipeline.api",
 }
 
 

@@ -1,4 +1,4 @@
-"""The environment variables that the package reads (report/nsys.py reads two more), and what follows from them."""
+"""Every environment variable that the package reads, and how rows are staged, which some of them decide."""
 
 from __future__ import annotations
 
@@ -10,12 +10,6 @@ from pipeline.errors import OptionError
 
 GIB = 2**30
 MIB = 2**20
-
-CHUNK_BYTES = 32 * MIB  # of the wider of a chunk's two sides
-# NOTE: with 4, chunks fall into step, all loading and then all unloading, and lose overlap: 0.73 to 0.97 of the duplex
-# PCIe ceiling from run to run, against 0.96 with 6 (H200, pinned to pinned, 4096 -> 4096, tf32). 8 add nothing.
-DEFAULT_STREAMS = 6
-_FEWEST_CHUNKS, _FEWEST_ROWS = 8, 256  # of an automatic choice; a kernel on fewer rows leaves multiprocessors idle
 
 
 def _environment_int(name: str, default: int) -> int:
@@ -49,8 +43,8 @@ def cores() -> int:
 class Staging:
     """How rows are staged between the caller's memory and a device: the pinned ring and the copy workers."""
 
-    piece_bytes: int  # of one pinned piece, on the wire
-    ring_pieces: int  # in each direction
+    piece_bytes: int  # a pinned piece has so many, of rows as they cross the bus
+    ring_pieces: int  # each direction has so many
     workers: int  # threads that fill and drain pieces
     origin: str = field(default="", compare=False)  # where the values came from, for reports
 
@@ -112,18 +106,16 @@ def native_copy() -> bool:
     return text != "0"
 
 
-def auto_chunk_rows(row_bytes: int, *, most: int = 65_536) -> int:
-    """Rows of a chunk of about 32 MiB, a multiple of 128 between 128 and `most`; `row_bytes` is its wider side's."""
-    return int(min(most, max(128, CHUNK_BYTES // row_bytes // 128 * 128)))
-
-
-def rows_a_chunk(rows: int, devices: int, most: int, *, fewest_chunks: int = _FEWEST_CHUNKS) -> int:
-    """Rows of the chunks of a run of `rows` rows on `devices` devices: `most`, or fewer where the run is so short that
-    its copies and kernels wouldn't overlap."""
-    share = -(-rows // (fewest_chunks * devices))
-    return min(most, max(_FEWEST_ROWS, -(-share // 128) * 128))
-
-
 def debug() -> bool:
     """Whether PIPELINE_DEBUG is set: buffers are overwritten with NaN between uses."""
     return bool(os.environ.get("PIPELINE_DEBUG"))
+
+
+def nsys_program() -> str | None:
+    """The Nsight Systems program to record with (PIPELINE_NSYS), None where the PATH decides."""
+    return os.environ.get("PIPELINE_NSYS") or None
+
+
+def nsys_packages() -> Path:
+    """The folder with packages of libraries that Nsight Systems' importer may lack (PIPELINE_NSYS_DEBS)."""
+    return Path(os.environ.get("PIPELINE_NSYS_DEBS", ".deb"))

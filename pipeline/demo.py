@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _SAMPLED_ROWS = 64
 _REPEATS = 3
-_SLOW_S = 4.0  # of one run: from there on one timed repeat has to do
+_SLOW_S = 4.0  # after a run that takes longer, one timed repeat has to do
 
 
 @dataclass(frozen=True)

@@ -153,19 +153,26 @@ def parse_dtype(value: Any, what: str = "dtype", remedy: str = CONVERT) -> DType
     return DTYPES[name]
 
 
-def wire_dtypes(dtype: DType, wire_dtype: Any, out_dtype: DType, precision: str | None = None) -> tuple[DType, DType]:
-    """The element types in which rows of `dtype` cross the bus, in and out, where results are of `out_dtype`.
+def parse_wire_dtype(value: Any) -> DType:
+    """The element type on the wire that `wire_dtype` asks for."""
+    try:
+        return parse_dtype(value)
+    except DTypeError:
+        raise OptionError(f"wire_dtype is {value!r}, expected 'bf16' or 'fp16'; or leave it out") from None
+
+
+def wire_dtypes(
+    dtype: DType, wire: DType | None, out_dtype: DType, precision: str | None = None
+) -> tuple[DType, DType]:
+    """The element types in which rows of `dtype` cross the bus, in and out, where results are of `out_dtype` and `wire`
+    is asked for.
 
     Raises:
         OptionError: a wire_dtype that rows can't be rounded to while they are staged, or that doesn't go with
             `out_dtype` or the layer's `precision`.
     """
-    try:
-        wire = dtype if wire_dtype is None else parse_dtype(wire_dtype)
-    except DTypeError:
-        raise OptionError(f"wire_dtype is {wire_dtype!r}, expected 'bf16' or 'fp16'; or leave it out") from None
-    if wire is dtype:
-        return wire, out_dtype
+    if wire is None or wire is dtype:
+        return dtype, out_dtype
     if dtype is not FLOAT32 or not wire.carries_float32:
         raise OptionError(
             f"wire_dtype is {wire} for a layer of {dtype}, expected 'bf16' or 'fp16' for a layer of float32; "

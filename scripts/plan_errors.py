@@ -19,8 +19,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pipeline.dtypes import BFLOAT16, FLOAT32, parse_dtype  # noqa: E402
+from pipeline.options import PLAN_OPTIONS, RunOptions  # noqa: E402
 from pipeline.plan.machine import Machine  # noqa: E402
-from pipeline.plan.predict import Job, predict  # noqa: E402
+from pipeline.plan.predict import predict  # noqa: E402
+from pipeline.plan.workload import Workload  # noqa: E402
 
 SHIPPED = Machine.load("h200")
 
@@ -30,7 +32,7 @@ class Case:
     """A run that was measured, as a job to predict. `own` has the rates of the same record, None where it has none."""
 
     name: str
-    job: Job
+    job: Workload
     rows_per_s: float
     own: Machine | None = None
     own_disk: bool = False  # the disk is that of the record: disks differ more than machines of a kind
@@ -47,7 +49,9 @@ def measured_cases(document: dict[str, Any]) -> Iterator[Case]:
     if document["bench"] == "plan":
         own = replace(SHIPPED, **document["machine"])
         for case in document["cases"]:
-            job = Job(**{**case["job"], "dtype": parse_dtype(case["job"]["dtype"])})
+            options = {name: case["job"].pop(name) for name in PLAN_OPTIONS if name in case["job"]}
+            known = {**case["job"], "dtype": parse_dtype(case["job"]["dtype"])}
+            job = Workload(**known, options=RunOptions(**options))
             yield Case(case["name"], job, case["rows_per_s"], own)
     elif document["bench"] == "file":
         stats, features = document["results"]["stats"], document["features"]
@@ -102,18 +106,19 @@ def _compared_cases(name: str, found: Any, document: dict[str, Any]) -> Iterator
         known = {"rows": rows, "runs_as": document["precision"], **({} if stats is None else stats)}
         job = replace(_job(known, in_features, out_features, source, out), gpus=gpus)
         if narrow:
-            job = replace(job, wire_dtype=BFLOAT16)
+            job = replace(job, options=job.options.with_values({"wire_dtype": BFLOAT16}))
         seconds = seen.get("seconds", found.get("seconds"))["median"]
         title = f"{source} to {out}" + (f", {detail}" if detail else "")
         named = f"{name}, {title}" if " -> " in name else title
         yield Case(named, job, rows / seconds, own if gpus == 1 else None, own_disk="write_seconds" in found)
 
 
-def _job(stats: dict[str, Any], in_features: int, out_features: int, source: str, out: str) -> Job:
+def _job(stats: dict[str, Any], in_features: int, out_features: int, source: str, out: str) -> Workload:
     """The job of a run with these figures, with as many chunks as it had; float32 rows."""
     rows = stats["rows"]
-    chunk_rows = -(-rows // stats["chunks"]) if "chunks" in stats else None
-    return Job(rows, in_features, out_features, FLOAT32, stats["runs_as"], source, out, chunk_rows=chunk_rows)
+    chunk_rows = -(-rows // stats["chunks"]) if "chunks" in stats else "auto"
+    options = RunOptions(chunk_rows=chunk_rows)
+    return Workload(rows, in_features, out_features, FLOAT32, stats["runs_as"], source, out, options=options)
 
 
 def all_cases(folder: Path = ROOT / "profiles") -> list[Case]:

@@ -12,7 +12,8 @@ import pipeline
 from pipeline.dtypes import FLOAT32
 from pipeline.kernels.choose import Problem, select
 from pipeline.kernels.compile import compile_variant, csrc_dir
-from pipeline.plan.predict import Job, Machine, predict
+from pipeline.plan.predict import Machine, predict
+from pipeline.plan.workload import Workload
 
 
 def check_sources() -> str:
@@ -56,7 +57,7 @@ def check_run() -> str:
 
 def check_plan() -> str:
     machine = Machine.load("h200")
-    found = predict(Job(10**6, 4096, 4096, FLOAT32, "tf32"), machine)
+    found = predict(Workload(10**6, 4096, 4096, FLOAT32, "tf32"), machine)
     return f"a plan for {machine.gpu} is bound by {found.bound}"
 
 

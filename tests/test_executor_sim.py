@@ -932,7 +932,7 @@ def test_executor_error_while_abandoning_does_not_hide_the_first(monkeypatch: py
 
 def open_sim(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     """`devices="sim"` opens this one."""
-    monkeypatch.setattr("pipeline.api.open_device", lambda name: device)
+    monkeypatch.setattr("pipeline.fleet.open_device", lambda name: device)
 
 
 @pytest.mark.parametrize("stage", ["H2D", "kernel", "D2H"])
@@ -943,7 +943,7 @@ def test_pipeline_runs_again_after_a_device_failure(stage: str, monkeypatch: pyt
         open_sim(monkeypatch, SimDevice(Hardware(jitter=1.0), fail={stage: 3}))
         with Pipeline(layer, devices="sim", chunk_rows=16) as pipeline:
             for source in (x, batches_of(x, [30])):
-                pipeline._lanes[0].device._counts[stage] = 0  # type: ignore[attr-defined]
+                pipeline.fleet.stations[0].device._counts[stage] = 0  # type: ignore[attr-defined]
                 with pytest.raises(DriverError, match="simulated failure"):
                     pipeline.run(source)
                 assert_same_bits(pipeline.run(x).out, layer(x))
@@ -1007,7 +1007,7 @@ def test_pipeline_reads_an_iterable_only_as_far_ahead_as_its_buffers(monkeypatch
 
     with Pipeline(layer, devices="cpu", chunk_rows=16, num_streams=3) as pipeline:
         pipeline.run(endless(), progress=slow)
-        assert sum(buffer.nbytes for buffer in pipeline._gather) == 4 * x.nbytes
+        assert sum(buffer.nbytes for buffer in pipeline.fleet.gather_buffers) == 4 * x.nbytes
     assert done == 200 and max(most) <= 4 + 3 + 1
 
 

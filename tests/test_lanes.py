@@ -136,7 +136,7 @@ def open_pipeline(layer: FusedLinear, **options: Any) -> Pipeline:
 
 def rings_used(pipe: Pipeline) -> tuple[bool, bool, bool, bool]:
     """Whether the loop's own rings were used, and the lanes'."""
-    executor = pipe._lanes[0].executor
+    executor = pipe.fleet.stations[0].executor
     rings = (executor.ring_in, executor.ring_out, *executor._lanes_rings)
     loop_in, loop_out, lanes_in, lanes_out = (ring.allocated_bytes > 0 for ring in rings)
     return loop_in, loop_out, lanes_in, lanes_out
@@ -151,7 +151,7 @@ def test_lanes_move_all_pieces(wire: str | None, columns: str) -> None:
     with open_pipeline(layer, wire_dtype=wire) as pipe:
         stats = pipe.run(x, y).stats
         assert rings_used(pipe) == (False, False, True, True)
-        assert stats.pinned_bytes == pipe._lanes[0].executor.pinned_bytes
+        assert stats.pinned_bytes == pipe.fleet.stations[0].executor.pinned_bytes
     with Pipeline(layer, devices="sim", chunk_rows=40, wire_dtype=wire) as by_the_loop:
         assert_same_bits(y, by_the_loop.run(x).out)
     piece_rows = [max(1, 800 // (features * (2 if wire else 4))) for features in (33, 17)]
@@ -195,7 +195,7 @@ def test_lanes_poison_pieces_in_debug_mode_and_change_no_bit(monkeypatch: pytest
     layer, x = random_layer(24, 31), random_rows(300, 24)
     with open_pipeline(layer) as pipe:
         assert_same_bits(pipe.run(x).out, layer(x))
-        for ring in pipe._lanes[0].executor._lanes_rings:
+        for ring in pipe.fleet.stations[0].executor._lanes_rings:
             assert ring.allocated_bytes and all((memory == 0xFF).all() for memory in ring._memory)
 
 
@@ -250,7 +250,7 @@ def test_lanes_give_up_when_the_run_is_interrupted(looks: int, monkeypatch: pyte
             pipe.run(x, y)
         kept = y.copy()  # nothing writes to the caller's memory any more
         monkeypatch.undo()
-        lanes = pipe._lanes[0].executor._lanes
+        lanes = pipe.fleet.stations[0].executor._lanes
         assert lanes is not None and not lanes._transfers
         np.testing.assert_array_equal(y, kept)
         assert_same_bits(pipe.run(x, y).out, layer(x))
@@ -260,7 +260,7 @@ def test_lanes_transfer_that_was_cancelled_says_so() -> None:
     layer, x = random_layer(24, 31), random_rows(400, 24)
     with open_pipeline(layer) as pipe:
         pipe.run(x)
-        lanes = pipe._lanes[0].executor._lanes
+        lanes = pipe.fleet.stations[0].executor._lanes
         assert lanes is not None
         transfers = [lanes.load(ArrayRows(x[:40]), 40, slot, slot) for slot in range(3)]
         lanes.cancel()
@@ -279,7 +279,7 @@ def test_lanes_with_other_workers_and_rings_between_runs() -> None:
     layer, x = random_layer(24, 31), random_rows(400, 24)
     freed: list[HostArray] = []
     with open_pipeline(layer) as pipe:
-        executor = pipe._lanes[0].executor
+        executor = pipe.fleet.stations[0].executor
         pipe.run(x)
         before = executor.pinned_bytes
         executor.device.free_pinned = freed.append  # type: ignore[method-assign]
@@ -298,8 +298,8 @@ def test_lanes_of_two_devices_share_the_workers(monkeypatch: pytest.MonkeyPatch)
         device.name = name
         return device
 
-    monkeypatch.setattr("pipeline.api.find_devices", lambda wanted: ["one", "two"])
-    monkeypatch.setattr("pipeline.api.open_device", named)
+    monkeypatch.setattr("pipeline.fleet.find_devices", lambda wanted: ["one", "two"])
+    monkeypatch.setattr("pipeline.fleet.open_device", named)
     layer, x = random_layer(24, 31), random_rows(4000, 24)
     y = poisoned((4000, 31))
     with open_pipeline(layer) as pipe:
@@ -308,9 +308,9 @@ def test_lanes_of_two_devices_share_the_workers(monkeypatch: pytest.MonkeyPatch)
             stats = pipe.run(x, y).stats
             assert_same_bits(y, layer(x))
         assert set(stats.devices) == {"one", "two"}
-        lanes = [lane.executor._lanes for lane in pipe._lanes]
+        lanes = [lane.executor._lanes for lane in pipe.fleet.stations]
         assert None not in lanes and lanes[0] is not lanes[1]
-        assert pipe._lanes[0].workers is pipe._lanes[1].workers
+        assert pipe.fleet.stations[0].workers is pipe.fleet.stations[1].workers
 
 
 def test_lanes_end_their_thread_when_closed_and_when_forgotten() -> None:
@@ -323,7 +323,7 @@ def test_lanes_end_their_thread_when_closed_and_when_forgotten() -> None:
     pipe = open_pipeline(layer)
     pipe.run(x)
     assert lanes_threads() == before + 1
-    lanes = pipe._lanes[0].executor._lanes
+    lanes = pipe.fleet.stations[0].executor._lanes
     assert isinstance(lanes, StagingLanes)
     pipe.close()
     assert lanes_threads() == before
@@ -343,7 +343,7 @@ pipeline.devices.cpu.CpuDevice = test_lanes.LanesDevice
 layer, x = test_lanes.random_layer(24, 31), test_lanes.random_rows(200, 24)
 with test_lanes.open_pipeline(layer) as pipe:
     stats = pipe.run(x).stats
-    lanes = pipe._lanes[0].executor._lanes
+    lanes = pipe.fleet.stations[0].executor._lanes
 print(lanes is not None, *(stats.stages[stage].count for stage in ("fill", "H2D", "D2H", "drain")))
 """
 

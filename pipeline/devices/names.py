@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipeline.devices.base import Device
 from pipeline.errors import DeviceNotFoundError, OptionError
+from pipeline.options import parsed
 
 
 def find_devices(wanted: str | list[str] | tuple[str, ...] | None) -> list[str]:
@@ -15,13 +16,9 @@ def find_devices(wanted: str | list[str] | tuple[str, ...] | None) -> list[str]:
     """
     from pipeline.devices.cuda import count_gpus
 
-    if wanted is None:
+    names: tuple[str, ...] | None = parsed("devices", wanted)
+    if names is None:
         return [f"cuda:{i}" for i in range(count_gpus())] or ["cpu"]
-    if not isinstance(wanted, (str, list, tuple)):
-        raise OptionError(f"devices is {wanted!r}, expected None, a device name or a list of device names")
-    names = ["cuda:0" if name == "cuda" else str(name) for name in ([wanted] if isinstance(wanted, str) else wanted)]
-    if not names or len(set(names)) != len(names):
-        raise OptionError(f"devices is {wanted!r}, expected one or several different device names")
     for name in names:
         kind, _, ordinal = name.partition(":")
         if name in ("cpu", "sim"):
@@ -32,7 +29,7 @@ def find_devices(wanted: str | list[str] | tuple[str, ...] | None) -> list[str]:
         if int(ordinal) >= count:
             there = f"there are {count}: cuda:0 to cuda:{count - 1}" if count else "no NVIDIA GPU is visible here"
             raise DeviceNotFoundError(f"device {name!r} isn't there; {there}. Use devices='cpu' to run without a GPU")
-    return names
+    return list(names)
 
 
 def open_device(name: str) -> Device:

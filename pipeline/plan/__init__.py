@@ -1,1 +1,1 @@
-"""What a job would reach on given hardware."""
+"""What a workload would reach on given hardware."""

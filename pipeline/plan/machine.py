@@ -18,7 +18,7 @@ _SHIPPED = Path(__file__).parent / "machines"
 
 @dataclass(frozen=True)
 class Machine:
-    """A host and its GPUs by what was measured there. GB/s are 1e9 bytes a second.
+    """A host and its GPUs by what was measured there. GB/s are 1e9 bytes per second.
 
     Fields that go by a number of GPUs are for all these GPUs of a host together. Between the numbers that were measured
     a plan takes what lies in between, beyond them what the most GPUs had: a field with "1" alone says that all GPUs of
@@ -34,16 +34,16 @@ class Machine:
     h2d_gb_per_s: dict[str, float]  # pinned memory, nothing in the other direction; by number of GPUs
     d2h_gb_per_s: dict[str, float]  # likewise
     duplex_gb_per_s: dict[str, float]  # each way with copies both ways at once, by number of GPUs
-    copy_pause_us: float  # of a copy engine before the first copy of another chunk
+    copy_pause_us: float  # a copy engine loses it before the first copy of another chunk
     kernel_tflops: dict[str, float]  # by what runs: "fp32", "ieee", "tf32", "bfloat16", "float16"
-    fill_gb_per_s: float  # of the copy workers of one GPU: bytes of fills over the time that any was under way
+    fill_gb_per_s: float  # one GPU's copy workers: bytes of fills over the time that any was under way
     drain_gb_per_s: float
     copy_gb_per_s: dict[str, float]  # fills and drains together while the bus is busy, by number of GPUs
     fresh_gb_per_s: float  # drains to memory that was never written before, of a whole host
     cached_read_gb_per_s: float  # files that the host's memory holds, of a whole host
     disk_read_gb_per_s: float
     disk_write_gb_per_s: float  # synchronised
-    pinned_run_us: float  # of a warm run beyond what its lanes take, no copy workers at work
+    pinned_run_us: float  # a warm run takes it beyond what its stages take, no copy workers at work
     staged_run_us: float  # the same with copy workers, which have to be woken
 
     @classmethod

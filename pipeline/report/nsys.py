@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config import nsys_packages, nsys_program
 from pipeline.errors import DeviceError, FileFormatError, OptionError
 from pipeline.instrument import RUN, STAGES, Interval
 from pipeline.report.timeline import Timeline
@@ -36,7 +37,7 @@ def find_nsys() -> Path:
     Raises:
         OptionError: it isn't there.
     """
-    given = os.environ.get("PIPELINE_NSYS") or shutil.which("nsys")
+    given = nsys_program() or shutil.which("nsys")
     nested = sorted(str(path) for path in Path("/").glob(_NESTED.removeprefix("/")))
     for candidate in [given] if given else nested[-1:]:
         if os.access(candidate, os.X_OK):
@@ -109,7 +110,7 @@ def _with_libraries(nsys: Path, folder: Path) -> dict[str, str]:
     needs = subprocess.run(["ldd", str(importer)], capture_output=True, text=True).stdout
     if "libdw.so.1 => not found" not in needs:
         return dict(os.environ)
-    packages = Path(os.environ.get("PIPELINE_NSYS_DEBS", ".deb"))
+    packages = nsys_packages()
     for package in sorted(packages.glob("*.deb")):
         _checked(["dpkg", "-x", str(package), str(folder)], dict(os.environ))
     found = sorted(folder.rglob("libdw.so.1"))

@@ -4,13 +4,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from pipeline.instrument import STAGES
-from pipeline.report.picture import CHUNKS, COLORS, NOTHING, drawn_lanes, excerpt, headline, uses_of, verdict, within
-from pipeline.report.stats import rate_text
+from pipeline.report.picture import (
+    CHUNKS,
+    COLORS,
+    NOTHING,
+    DrawnLane,
+    drawn_lanes,
+    excerpt,
+    headline,
+    uses_of,
+    verdict,
+    within,
+)
+from pipeline.report.stages import rate_text
 from pipeline.report.timeline import DeviceUse, Timeline, causes_text
 
 _MEANINGS = {
@@ -91,7 +103,7 @@ th:first-child, td:first-child, th:last-child, td:last-child { text-align: left;
 def _bokeh_figure(timeline: Timeline) -> tuple[Any, int]:
     """The timeline as a Bokeh layout, and how many operations it shows."""
     from bokeh.layouts import column
-    from bokeh.models import ColumnDataSource, FixedTicker, HoverTool, Range1d, RangeTool, WheelZoomTool
+    from bokeh.models import Range1d, RangeTool, WheelZoomTool
     from bokeh.plotting import figure
 
     busiest = max(timeline.devices.values(), key=len)
@@ -127,42 +139,54 @@ def _bokeh_figure(timeline: Timeline) -> tuple[Any, int]:
     overview.yaxis.visible = False
     overview.title.text = "the whole of it: drag the window"
     overview.title.text_font_size = "11px"
-    shown = 0
-    for lane in lanes:
-        boxes = list(lane.boxes())
-        shown += len(boxes)
-        source = ColumnDataSource(
-            {
-                "left": [i.start_s * 1e3 for i, _, _ in boxes],
-                "right": [i.end_s * 1e3 for i, _, _ in boxes],
-                "bottom": [low for _, low, _ in boxes],
-                "top": [high for _, _, high in boxes],
-                "chunk": [i.chunk for i, _, _ in boxes],
-                "us": [(i.end_s - i.start_s) * 1e6 for i, _, _ in boxes],
-                "MB": [i.bytes / 1e6 for i, _, _ in boxes],
-                "rate": [i.bytes / max(i.end_s - i.start_s, 1e-9) / 1e9 for i, _, _ in boxes],
-                "alpha": [1.0 if i.chunk % 2 else 0.62 for i, _, _ in boxes],
-            }
-        )
-        edges = {edge: edge for edge in ("left", "right", "bottom", "top")}
-        look = {"fill_color": COLORS[lane.stage], "line_color": "white", "line_width": 0.5, "fill_alpha": "alpha"}
-        name = f"{lane.device} {lane.stage}"
-        drawn = plot.quad(source=source, name=name, **edges, **look)
-        overview.quad(source=source, fill_color=COLORS[lane.stage], line_color=None, **edges)
-        details = [("chunk", "@chunk"), ("from", "@left{0,0.000} ms"), ("took", "@us{0,0.0} us")]
-        if lane.stage != "kernel" and any(i.bytes for i, _, _ in boxes):
-            details += [("moved", "@MB{0,0.00} MB"), ("rate", "@rate{0.0} GB/s")]
-        plot.add_tools(HoverTool(renderers=[drawn], tooltips=[(name, ""), *details], point_policy="follow_mouse"))
-    many = len(devices) > 1
-    middles = {(lane.low + lane.high) / 2: f"{lane.device} {lane.stage}" if many else lane.stage for lane in lanes}
-    plot.yaxis.ticker = FixedTicker(ticks=list(middles))
-    plot.yaxis.major_label_overrides = middles
-    plot.yaxis.major_tick_line_color = None
+    shown = sum(_draw_lane(plot, overview, lane) for lane in lanes)
+    _label_lanes(plot, lanes, many_devices=len(devices) > 1)
     for each in (plot, overview):
         each.ygrid.visible = False
         each.outline_line_color = None
-    plot.yaxis.major_label_text_font_size = "13px"
     return column(plot, overview, sizing_mode="stretch_width"), shown
+
+
+def _draw_lane(plot: Any, overview: Any, lane: DrawnLane) -> int:
+    """Draw a lane's operations in both figures, and give how many they are."""
+    from bokeh.models import ColumnDataSource, HoverTool
+
+    boxes = list(lane.boxes())
+    source = ColumnDataSource(
+        {
+            "left": [i.start_s * 1e3 for i, _, _ in boxes],
+            "right": [i.end_s * 1e3 for i, _, _ in boxes],
+            "bottom": [low for _, low, _ in boxes],
+            "top": [high for _, _, high in boxes],
+            "chunk": [i.chunk for i, _, _ in boxes],
+            "us": [(i.end_s - i.start_s) * 1e6 for i, _, _ in boxes],
+            "MB": [i.bytes / 1e6 for i, _, _ in boxes],
+            "rate": [i.bytes / max(i.end_s - i.start_s, 1e-9) / 1e9 for i, _, _ in boxes],
+            "alpha": [1.0 if i.chunk % 2 else 0.62 for i, _, _ in boxes],
+        }
+    )
+    edges = {edge: edge for edge in ("left", "right", "bottom", "top")}
+    look = {"fill_color": COLORS[lane.stage], "line_color": "white", "line_width": 0.5, "fill_alpha": "alpha"}
+    name = f"{lane.device} {lane.stage}"
+    drawn = plot.quad(source=source, name=name, **edges, **look)
+    overview.quad(source=source, fill_color=COLORS[lane.stage], line_color=None, **edges)
+    details = [("chunk", "@chunk"), ("from", "@left{0,0.000} ms"), ("took", "@us{0,0.0} us")]
+    if lane.stage != "kernel" and any(i.bytes for i, _, _ in boxes):
+        details += [("moved", "@MB{0,0.00} MB"), ("rate", "@rate{0.0} GB/s")]
+    plot.add_tools(HoverTool(renderers=[drawn], tooltips=[(name, ""), *details], point_policy="follow_mouse"))
+    return len(boxes)
+
+
+def _label_lanes(plot: Any, lanes: Sequence[DrawnLane], *, many_devices: bool) -> None:
+    from bokeh.models import FixedTicker
+
+    middles = {
+        (lane.low + lane.high) / 2: f"{lane.device} {lane.stage}" if many_devices else lane.stage for lane in lanes
+    }
+    plot.yaxis.ticker = FixedTicker(ticks=list(middles))
+    plot.yaxis.major_label_overrides = middles
+    plot.yaxis.major_tick_line_color = None
+    plot.yaxis.major_label_text_font_size = "13px"
 
 
 def _use_table(device: str, hardware: str, use: DeviceUse) -> str:

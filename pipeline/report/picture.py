@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.instrument import STAGE_COLORS, STAGES, Interval
-from pipeline.report.stats import rate_text
+from pipeline.report.stages import rate_text
 from pipeline.report.timeline import DeviceUse, Timeline, device_use, lanes_of
 
 COLORS = {stage: f"#{color:06X}" for stage, color in STAGE_COLORS.items()}

@@ -64,8 +64,8 @@ class DeviceUse:
     start_s: float
     end_s: float
     lanes: dict[str, LaneUse]
-    kernel_hidden_share: float | None  # of the kernels' time, spent while a copy ran as well
-    copy_hidden_share: float | None  # of the time of copies in either direction, spent while a kernel ran as well
+    kernel_hidden_share: float | None  # the part of the kernels' time while a copy ran as well
+    copy_hidden_share: float | None  # the part of the copies' time, either way, while a kernel ran as well
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""

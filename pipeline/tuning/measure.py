@@ -17,13 +17,14 @@ from types import TracebackType
 import numpy as np
 
 from pipeline.arrays import HostArray
-from pipeline.config import DEFAULT_STREAMS, Staging, cores
+from pipeline.config import Staging, cores
 from pipeline.devices.base import Device
 from pipeline.dtypes import FLOAT32, DType
 from pipeline.executor import Executor
 from pipeline.flow import Chunk, DeviceRows, Drain, Feed, Fill, Operation, Sink, Workers
 from pipeline.instrument import Recorder
 from pipeline.io.memory import ArrayRows
+from pipeline.options import DEFAULT_STREAMS
 from pipeline.staging.native import open_workers
 
 _FEATURES = 8192

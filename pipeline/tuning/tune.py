@@ -38,7 +38,7 @@ _RINGS = ((8, 4), (8, 6), (4, 8), (2, 12), (16, 4))  # MiB a piece, pieces each 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one measurement found. GB/s are 1e9 bytes a second, each way, of all the machine's devices that were used.
+    """What one measurement found. GB/s are 1e9 bytes per second, each way, of all the machine's devices that were used.
 
     `h2d` and `d2h` are a direction's alone and `duplex` both at once, from and to pinned memory; `host` is what the
     copy workers fill and at the same time drain without a bus; `staged` is all of it together, ordinary memory to
@@ -131,7 +131,7 @@ def search(rate: Callable[[Staging], float], first: Staging, time_left: Callable
     `first` is tried in any case, and stays where nothing is better by more than trials differ.
     """
     more = dict.fromkeys(min(n, max(1, cores() - 1)) for n in (first.workers * 3 // 2, 2 * first.workers))
-    counts = {first.workers: None} | more  # fewer moved less (H200), but a short trial can make it seem more
+    counts = {first.workers: None} | more  # fewer move less, though a short trial can make it seem more
     best, _ = _best([replace(first, workers=n) for n in counts], rate, time_left)
     rings = {(first.piece_bytes, first.ring_pieces): None} | {(mib * MIB, pieces): None for mib, pieces in _RINGS}
     candidates = [replace(best, piece_bytes=size, ring_pieces=pieces) for size, pieces in rings]
@@ -146,8 +146,7 @@ def _best(
     can't win.
 
     The best of several is likely to have been lucky, so it takes the first one's place only after it has won as many
-    rounds against it alone, each of them; for these there is always time. (On an H200 host 12 pieces of 4 MiB seemed
-    the best and moved 40 GB/s with bf16 on the wire, where the first, 4 of 8 MiB, moved 51.)
+    rounds against it alone, each of them; for these there is always time (docs/notes/runs.md has a case).
     """
     first = candidates[0]
     rates = _rounds(candidates, rate, time_left)

@@ -81,7 +81,7 @@ def test_pinned_but_strided_goes_through_the_ring(expected: Any) -> None:
 def test_pageable_memory_is_staged(expected: Any) -> None:
     with open_pipeline() as pipeline:
         result = pipeline.run(X)
-        assert pipeline._lanes[0].executor._lanes is not None, "in C"
+        assert pipeline.fleet.stations[0].executor._lanes is not None, "in C"
     assert result.stats.stages["fill"].bytes == X.nbytes
     assert_same_bits(result.out, expected)
 
@@ -106,7 +106,9 @@ def test_rows_of_odd_width_are_staged_by_the_loop() -> None:
     layer, x = random_layer(33, 17), random_rows(3000, 33)
     with open_pipeline(layer) as pipeline:
         out = pipeline.run(x).out
-        assert pipeline._lanes[0].executor._lanes is None, "no single copy can move rows that are apart on the GPU"
+        assert pipeline.fleet.stations[0].executor._lanes is None, (
+            "no single copy can move rows that are apart on the GPU"
+        )
     assert_close(out, layer, x)
 
 
@@ -349,7 +351,7 @@ def test_chunk_that_cannot_fit_is_refused_by_name() -> None:
 
 def test_allocation_that_fails_names_what_did_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The driver's own refusal, where the check before let it pass."""
-    monkeypatch.setattr("pipeline.api._check_memory", lambda *arguments: None)
+    monkeypatch.setattr("pipeline.station._check_memory", lambda *arguments: None)
     free = device_free_bytes()
     with nothing_left_behind():
         with pytest.raises(DeviceMemoryError, match=r"chunk \d needs .* GiB on cuda:0"):

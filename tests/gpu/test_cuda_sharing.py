@@ -184,7 +184,7 @@ def test_two_gpus_share_a_job(kind: str, tmp_path: Path) -> None:
         result = both.run(source, tmp_path / "y.npy" if kind == "path" else None)
         assert list(result.stats.devices) == ["cuda:0", "cuda:1"]
         assert_same_bits(np.load(result.out) if kind == "path" else result.out, expected)
-        chunks = [len(lane.executor._recorder.intervals) for lane in both._lanes]
+        chunks = [len(lane.executor._recorder.intervals) for lane in both.fleet.stations]
         assert min(chunks) > 0, "one GPU did all the work"
 
 

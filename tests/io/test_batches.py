@@ -212,11 +212,11 @@ def test_batches_are_gathered_in_few_pinned_bytes() -> None:
     with Pipeline(layer, devices="cpu") as pipeline:
         assert pipeline.chunk_rows == 1024
         result = pipeline.run(itertools.repeat(x, 20))
-        assert sum(buffer.nbytes for buffer in pipeline._gather) == 96 * 2**20
+        assert sum(buffer.nbytes for buffer in pipeline.fleet.gather_buffers) == 96 * 2**20
     assert result.stats.chunks == 10
     with Pipeline(layer, devices="cpu", chunk_rows=4096) as pipeline:
         pipeline.run(itertools.repeat(x, 30))
-        assert len(pipeline._gather) == 2
+        assert len(pipeline.fleet.gather_buffers) == 2
 
 
 def test_batches_list_and_iterator_objects() -> None:

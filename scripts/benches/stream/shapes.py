@@ -17,7 +17,7 @@ SHAPES = ((1024, 8192), (8192, 1024), (512, 512), (16384, 256))  # in_features, 
 def measure_shape(rows: Rows, rounds: int) -> dict[str, Any]:
     """From pinned and from ordinary memory: the comparison, and each one's bound and how near it came."""
     from pipeline import Pipeline
-    from pipeline.report.stats import nearness
+    from pipeline.report.stages import nearness
 
     ends = {"pinned": (rows.x_pinned, rows.y_pinned), "ordinary": (rows.x.numpy(), rows.y.numpy())}
     with Pipeline(rows.layer, devices="cuda:0") as pipe:

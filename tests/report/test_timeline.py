@@ -117,7 +117,7 @@ SLOW = {
 @pytest.mark.parametrize("cause", SLOW)
 def test_run_on_hardware_with_one_slow_part_waits_for_it(cause: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small_rings(monkeypatch, 1024)
-    monkeypatch.setattr("pipeline.api.open_device", lambda _: SimDevice(SLOW[cause]))
+    monkeypatch.setattr("pipeline.fleet.open_device", lambda _: SimDevice(SLOW[cause]))
     layer, x = random_layer(16, 16), np.asfortranarray(random_rows(4000, 16))
     with Pipeline(layer, devices="sim", chunk_rows=16) as pipeline:
         stats = pipeline.run(x, np.asfortranarray(np.zeros((4000, 16), np.float32))).stats

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pipeline.api
 from pipeline import FusedLinear, Pipeline
 from pipeline.arrays import HostArray
 from pipeline.config import MIB, Staging
@@ -24,7 +23,7 @@ from pipeline.devices.sim import SimDevice
 from pipeline.dtypes import FLOAT32
 from pipeline.errors import DeviceMemoryError, OptionError
 from pipeline.flow import DeviceRows, Drain, Job, Operation, Workers
-from pipeline.plan.simulate import Lanes, _PlanDevice, _PlanWorkers
+from pipeline.plan.simulate import StageRates, _PlanDevice, _PlanWorkers
 from pipeline.tuning import tune
 from pipeline.tuning.measure import Copies, _Shape
 
@@ -127,7 +126,7 @@ class SimulatedBus(_PlanDevice):
 
     has_bus, description = True, "simulated GPU with a bus"
     row_bytes = 8192 * 4
-    lanes = Lanes(
+    rates = StageRates(
         fill=60e9 / row_bytes,
         h2d=50e9 / row_bytes,
         kernel=math.inf,
@@ -139,7 +138,7 @@ class SimulatedBus(_PlanDevice):
     )
 
     def __init__(self) -> None:
-        super().__init__(self.lanes)
+        super().__init__(self.rates)
         self.memory: list[HostArray] = []
 
     def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
@@ -154,7 +153,7 @@ class SimulatedBus(_PlanDevice):
         return any(np.may_share_memory(rows, memory) for memory in self.memory)
 
     def workers(self) -> Workers:
-        return _TellingWorkers(self, self.lanes)
+        return _TellingWorkers(self, self.rates)
 
     def close(self) -> None:
         super().close()
@@ -314,7 +313,7 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Bus]]:
         opened.append(Bus())
         return opened[-1]
 
-    monkeypatch.setattr(pipeline.api, "open_device", open_device)
+    monkeypatch.setattr("pipeline.fleet.open_device", open_device)
     monkeypatch.setattr(tune, "measured_with", lambda copies, now, budget_s: MEASURED)
     monkeypatch.setattr(tune, "PAYS_BYTES", 1000 * (64 + 48) * 4)
     Bus.probes = 0

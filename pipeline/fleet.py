@@ -1,0 +1,202 @@
+"""What stays warm between runs: opened devices with a layer's weights, copy workers, pinned rings, measurements."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from pipeline.arrays import HostArray
+from pipeline.devices.base import Device
+from pipeline.devices.names import find_devices, open_device
+from pipeline.dtypes import FLOAT64, Cast, DType
+from pipeline.errors import DTypeError, OptionError
+from pipeline.flow import Fill, Sink, Source, Workers
+from pipeline.instrument import Ceilings
+from pipeline.io.memory import ArrayRows
+from pipeline.layer.base import Layer
+from pipeline.options import RunOptions
+from pipeline.staging.native import open_workers
+from pipeline.station import Assignment, Station
+from pipeline.tuning.tune import Tuning
+
+_GATHER_BYTES, _FEWEST_BUFFERS = 96 * 2**20, 2  # pinned chunk buffers for iterables, all devices together
+
+
+class Fleet:
+    """The devices that one layer's rows run through, opened and warm until `close`.
+
+    Consecutive runs share a fleet; two at once may not use it.
+
+    Attributes:
+        stations: the devices, in the order of their names.
+        chunk_rows: rows of a run's largest chunks, which the devices' slots have room for.
+        staging: how rows are staged now; a measurement may change it before a run.
+        ceilings: of the devices whose buses were measured, by name; reports compare with them.
+        gather_buffers: the pinned chunk buffers in which iterables' rows were gathered so far.
+    """
+
+    def __init__(self, layer: Layer, options: RunOptions) -> None:
+        """Open the devices, compile or find their kernels, upload the weights. Blocks.
+
+        Raises:
+            OptionError, DTypeError: the options don't go with the layer.
+            DeviceNotFoundError, DeviceMemoryError, CompileError, DriverError
+        """
+        _check_layer(layer)
+        self.layer, self.options = layer, options
+        self.out_dtype = options.result_dtype(layer.dtype)
+        self.wire_in, self.wire_out = options.wire_dtypes(layer.dtype, layer.precision)
+        self.device_names = find_devices(options.devices)
+        self._cpu_alone = self.device_names == ["cpu"]
+        self.chunk_rows = options.most_chunk_rows(max(self.wire_row_bytes), cpu_alone=self._cpu_alone)
+        for dtype in (layer.dtype, self.out_dtype):
+            if dtype is FLOAT64 and any(name.startswith("cuda") for name in self.device_names):
+                raise DTypeError("float64 is computed on the CPU only; pass devices='cpu', or convert to float32")
+        self.stations: list[Station] = []
+        self.ceilings: dict[str, Ceilings] = {}
+        self.gather_buffers: list[HostArray] = []
+        self._workers: Workers | None = None  # shared by all devices without workers of their own
+        self._devices: list[Device] = []
+        self._pid = os.getpid()
+        try:
+            for name in self.device_names:
+                self._devices.append(open_device(name))
+            self._tuning = Tuning(self._devices)
+            self.staging = self._tuning.staging
+            self._make_stations()
+            self._note_ceilings()
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_stations(self) -> None:
+        assignment: Assignment | None = None
+        for device in self._devices:
+            workers = device.workers()
+            if workers is None:
+                workers = self._workers = self._workers or open_workers(self.staging.workers)
+            if assignment is None:
+                layer = _layer_on_the_wire(self.layer, self.wire_in, workers)
+                assignment = Assignment(layer, self.wire_out, self.chunk_rows, self.options.streams)
+            self.stations.append(Station(device, workers, assignment, self.staging))
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that made it, whose threads and driver aren't here."""
+        return os.getpid() != self._pid
+
+    def close(self) -> None:
+        """End the worker threads, free pinned and device memory. Safe to call twice; between runs only."""
+        if self.forked:
+            return
+        for station in self.stations:
+            station.close()
+            station.workers.close()
+        if self._workers is not None:
+            self._workers.close()
+        for device in self._devices:
+            device.close()
+        self.stations, self._devices, self._workers = [], [], None
+        self.gather_buffers = []
+
+    # -- what a run asks for -------------------------------------------------------------------------------------------
+
+    def is_pinned(self, array: HostArray) -> bool:
+        """Whether copy engines can use contiguous memory of the caller's as it is."""
+        return any(device.has_bus and device.in_place(array) for device in self._devices)
+
+    def stations_for(self, source_tensor: Any, out_tensor: Any) -> list[Station]:
+        """The devices that take part in a run: with a CUDA tensor at either end, the one that it is on.
+
+        Raises:
+            OptionError: none is.
+        """
+        if source_tensor is not None and self.wire_in is not self.layer.dtype:
+            raise OptionError("wire_dtype is for rows that cross the bus, the source is a CUDA tensor; leave it out")
+        stations = self.stations
+        for what, tensor in (("source", source_tensor), ("out", out_tensor)):
+            if tensor is None:
+                continue
+            name = f"cuda:{tensor.device.index}"
+            stations = [station for station in stations if station.device.name == name]
+            if not stations:
+                raise OptionError(
+                    f"{what} is on {name}, this run uses {', '.join(self.device_names)}; pass devices={name!r}, or "
+                    f"the tensor's .cpu()"
+                )
+            stations[0].device.order_after(tensor)
+        return stations
+
+    def tune(self, source: Source, sink: Sink) -> None:
+        """Measure this machine's copies, once and where the run is large enough, and stage rows as suits them."""
+        row_bytes = 0 if source.where == "device" else self.wire_row_bytes[0]
+        row_bytes += 0 if sink.where == "device" else self.wire_row_bytes[1]
+        if not self._tuning.pays((source.rows or 0) * row_bytes):
+            return
+        self._tuning.measure(source.memory)
+        before, self.staging = self.staging, self._tuning.staging
+        old = shared = self._workers
+        if old is not None and self.staging.workers != before.workers:
+            shared = self._workers = open_workers(self.staging.workers)
+        for station in self.stations:
+            workers = shared if shared is not None and station.workers is old else station.workers
+            station.restage(workers, self.staging)
+        if old is not None and old is not shared:
+            old.close()
+        self._note_ceilings()
+
+    def _note_ceilings(self) -> None:
+        if self._tuning.measured is not None:
+            found = self._tuning.measured.ceilings(*self.wire_row_bytes, len(self._devices))
+            self.ceilings = {device.name: found for device in self._devices}
+
+    @property
+    def wire_row_bytes(self) -> tuple[int, int]:
+        """Bytes of a row on the bus, in and out."""
+        return self.layer.in_features * self.wire_in.itemsize, self.layer.out_features * self.wire_out.itemsize
+
+    def rows_per_chunk(self, rows: int | None, devices: int) -> int:
+        """The rows of the chunks of a run of `rows` rows on so many of the devices."""
+        return self.options.rows_per_chunk(rows, devices, self.chunk_rows, cpu_alone=self._cpu_alone)
+
+    def gather_depth(self, devices: int) -> int:
+        """How many chunk buffers an iterable's rows are gathered in: a chunk leaves its buffer when it is copied to the
+        device, so a few are enough for all devices."""
+        chunk_bytes = self.chunk_rows * self.wire_row_bytes[0]
+        return min(self.options.streams * devices + 1, max(_FEWEST_BUFFERS, _GATHER_BYTES // chunk_bytes))
+
+    def take_gather_buffers(self) -> Callable[[int], HostArray]:
+        """Gives a run pinned chunk buffers for a source that gathers rows, those of earlier runs first."""
+        unused = list(self.gather_buffers)
+
+        def take(n_bytes: int) -> HostArray:
+            if unused:
+                return unused.pop()
+            self.gather_buffers.append(self._devices[0].pinned(n_bytes))
+            return self.gather_buffers[-1]
+
+        return take
+
+
+def _check_layer(layer: Any) -> None:
+    if not isinstance(layer, Layer):
+        raise OptionError(
+            f"layer is a {type(layer).__name__}, expected a FusedLinear; FusedLinear(weight, bias), "
+            f"FusedLinear.from_linear and FusedLinear.from_file make one"
+        )
+
+
+def _layer_on_the_wire(layer: Layer, wire: DType, workers: Workers) -> Layer:
+    """The layer with its weights in the wire's element type."""
+    if wire is layer.dtype:
+        return layer
+
+    def narrow(array: HostArray) -> HostArray:
+        rounded = np.empty(array.shape, wire.carrier)
+        workers.run(Fill(ArrayRows(array, Cast(layer.dtype, wire)), 0, rounded))
+        return rounded
+
+    return layer.rounded_to(wire, narrow)
