@@ -34,6 +34,7 @@ from pipeline.layer.linear import FusedLinear
 from pipeline.report.stats import Ends, Stats, advice, bound, ceiling_rows_per_s, comparable, mean_share, stage_stats
 from pipeline.report.timeline import Timeline, device_use, from_recorders
 from pipeline.report.trace import check_trace, write_trace
+from pipeline.staging.movers import Movers, Wire
 from pipeline.staging.native import open_workers
 from pipeline.tuning.tune import Tuning
 
@@ -80,10 +81,10 @@ class Result:
 
 @dataclass
 class _Lane:
-    """One opened device with its executor."""
+    """One opened device with what moves rows to it and from it."""
 
     device: Device
-    executor: Executor
+    movers: Movers
     workers: Workers
 
 
@@ -177,7 +178,8 @@ class Pipeline:
         device.prepare(layer, dtype, self.chunk_rows)
         _check_memory(device, layer, dtype, self.chunk_rows, self.num_streams)
         device.allocate(self.chunk_rows, self.num_streams)
-        return _Lane(device, Executor(device, workers, layer, dtype, self.num_streams, self.staging), workers)
+        wire = Wire(layer.in_features, layer.out_features, layer.dtype, dtype)
+        return _Lane(device, Movers(device, workers, wire, self.staging), workers)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -200,7 +202,7 @@ class Pipeline:
             raise PipelineError("this Pipeline is running; close it when its run is done")
         self._closed = True
         for lane in self._lanes:
-            lane.executor.close()
+            lane.movers.close()
             lane.workers.close()
         if self._workers is not None:
             self._workers.close()
@@ -377,7 +379,7 @@ class Pipeline:
         def run(lane: _Lane, recorder: Recorder) -> None:
             try:
                 with ranges(RUN, number):
-                    lane.executor.run(feed, sink, recorder, done.add, stopping)
+                    Executor(lane.device, lane.movers, self.num_streams, feed, sink, recorder, done.add, stopping).run()
             except BaseException as error:
                 errors.append(error)
                 stopping.set()
@@ -426,7 +428,7 @@ class Pipeline:
         for lane in self._lanes:
             if lane.workers is old and self._workers is not None:
                 lane.workers = self._workers
-            lane.executor.restage(lane.workers, self.staging)
+            lane.movers.restage(lane.workers, self.staging)
         if old is not None and old is not self._workers:
             old.close()
         self._note_ceilings()
@@ -514,7 +516,7 @@ class Pipeline:
             piece_bytes=self.staging.piece_bytes,
             ring_pieces=self.staging.ring_pieces,
             staging_origin=self.staging.origin,
-            pinned_bytes=sum(lane.executor.pinned_bytes for lane in lanes) + sum(each.nbytes for each in self._gather),
+            pinned_bytes=sum(lane.movers.pinned_bytes for lane in lanes) + sum(each.nbytes for each in self._gather),
             source=source.kind,
         )
 

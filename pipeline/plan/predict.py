@@ -15,7 +15,8 @@ from pipeline.dtypes import DType, wire_dtypes
 from pipeline.errors import OptionError
 from pipeline.instrument import bus_rates
 from pipeline.plan.machine import Machine, is_rate, of_gpus
-from pipeline.plan.simulate import Lanes, Wire, ring_bytes, simulate
+from pipeline.plan.simulate import Lanes, ring_bytes, simulate
+from pipeline.staging.movers import Wire
 
 SOURCES = ("pinned", "array", "file")
 OUTPUTS = (*SOURCES, "fresh")

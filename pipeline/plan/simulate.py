@@ -9,12 +9,12 @@ from typing import Any, cast
 from pipeline.arrays import HostArray
 from pipeline.config import Staging
 from pipeline.devices.sim import Engine, Hardware, SimDevice
-from pipeline.dtypes import DType
 from pipeline.executor import Executor
 from pipeline.flow import Chunk, DeviceRows, Job, Operation, Sink, SourceRows, TargetRows
 from pipeline.instrument import Recorder
 from pipeline.io.memory import RangeFeed
 from pipeline.report.stats import stage_stats
+from pipeline.staging.movers import Movers, Wire
 
 _CHUNKS, _PIECES = 240, 8_000  # simulated at most, but for as many chunks as it takes to fill and empty the lanes
 _STREAMS = 60  # simulated at most: a chunk that waits behind so many others changes nothing
@@ -48,16 +48,6 @@ class Simulated:
     busy_shares: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Wire:
-    """Rows as they cross the bus: all that the executor asks of a layer, and the type of results."""
-
-    in_features: int
-    out_features: int
-    dtype: DType
-    out_dtype: DType
-
-
 def simulate(
     lanes: Lanes,
     wire: Wire,
@@ -73,8 +63,8 @@ def simulate(
     num_streams = min(num_streams, _STREAMS, -(-rows // chunk_rows))
     device = _PlanDevice(lanes)
     workers = _PlanWorkers(device, lanes)
-    executor = Executor(device, workers, wire, wire.out_dtype, num_streams, Staging.default())
-    pieces = -(-chunk_rows // min(executor.ring_in.piece_rows, executor.ring_out.piece_rows))
+    movers = Movers(device, workers, wire, Staging.default())
+    pieces = -(-chunk_rows // piece_rows(max(wire.in_row_bytes, wire.out_row_bytes)))
     chunks = min(_CHUNKS, max(4 * num_streams, _PIECES // pieces))
     rows = min(rows, chunks * chunk_rows)
     recorder = Recorder("plan")
@@ -84,7 +74,8 @@ def simulate(
         done.append((device.now(), done[-1][1] + chunk.rows))
 
     feed = RangeFeed(rows, chunk_rows, lambda row, n: _Rows(workers, "fill", n, staged_in))
-    executor.run(feed, _PlanSink(workers, staged_out), recorder, on_commit, threading.Event())
+    sink = _PlanSink(workers, staged_out)
+    Executor(device, movers, num_streams, feed, sink, recorder, on_commit, threading.Event()).run()
     seconds = device.now()
     # The rate while the lanes are full: between a third and the end of the commits, the last of which drain the slots.
     early, late = done[len(done) // 3], done[max(len(done) // 3 + 1, len(done) - 1 - num_streams)]
@@ -214,7 +205,11 @@ def _nothing() -> None:
     pass
 
 
+def piece_rows(row_bytes: int) -> int:
+    """Rows of a pinned piece, each of so many bytes."""
+    return max(1, Staging.default().piece_bytes // row_bytes)
+
+
 def ring_bytes(row_bytes: int) -> int:
     """Pinned bytes of a ring for rows of so many bytes."""
-    staging = Staging.default()
-    return staging.ring_pieces * max(1, staging.piece_bytes // row_bytes) * row_bytes
+    return Staging.default().ring_pieces * piece_rows(row_bytes) * row_bytes
