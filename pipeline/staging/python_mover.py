@@ -50,7 +50,7 @@ class _ByPieces(Transfer):
 
     @property
     def end_s(self) -> float:
-        return self.copies[-1][2]  # second copies end in the order of the pieces
+        return max(end_s for _, _, end_s, _ in self.copies)
 
 
 @dataclass(slots=True, eq=False)

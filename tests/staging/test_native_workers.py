@@ -26,11 +26,11 @@ from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, Cast, DType
 from pipeline.flow import Drain, Fill
 from pipeline.io.files import FileLayout, FileRows
 from pipeline.io.memory import ArrayRows
-from pipeline.staging import native
+from pipeline.staging import host_library
 from pipeline.staging.native import INSTRUCTIONS, NativeWorkers, open_workers
 from pipeline.staging.threads import ThreadWorkers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CASTS = [Cast(FLOAT32, BFLOAT16), Cast(FLOAT32, FLOAT16), Cast(BFLOAT16, FLOAT32), Cast(FLOAT16, FLOAT32)]
 
 
@@ -73,11 +73,11 @@ def test_native_library_is_built_wherever_there_is_a_compiler() -> None:
     """Otherwise every other test here would quietly run NumPy."""
     if shutil.which("cc") is None and shutil.which("gcc") is None:
         pytest.skip("no C compiler")
-    library, reason = native._library()
+    library, reason = host_library.find_library()
     assert library is not None, f"the native copy workers are {reason}; pip install -e . builds them"
-    names = ("host_copy.c", "host_copy.h", "host_lanes.c", "host_move.h")
+    names = ("copy_workers.c", "copy_workers.h", "library.c", "move_bytes.h", "mover.c", "mover.h")
     sources = [(ROOT / "csrc" / "host" / name).read_bytes() for name in names]
-    assert library.host_copy_source().decode() == hashlib.sha256(b"".join(sources)).hexdigest()[:16]
+    assert library.host_source().decode() == hashlib.sha256(b"".join(sources)).hexdigest()[:16]
 
 
 # -- copies and casts --------------------------------------------------------------------------------------------------
@@ -359,17 +359,17 @@ def test_workers_are_native_unless_switched_off(monkeypatch: pytest.MonkeyPatch)
 def test_workers_that_cannot_load_are_replaced_and_the_report_says_why(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    package = tmp_path / "pipeline" / "io"
+    package = tmp_path / "pipeline" / "staging"
     package.mkdir(parents=True)
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     if kind == "broken":
-        (package.parent / "_host_copy.so").write_bytes(b"not a library")
+        (package.parent / "_host.so").write_bytes(b"not a library")
     if kind == "stale":
-        (built,) = (ROOT / "pipeline").glob("_host_copy*.so")
+        (built,) = (ROOT / "pipeline").glob("_host*.so")
         shutil.copy(built, package.parent)
-        (tmp_path / "csrc" / "host" / "host_move.h").write_text("// changed since\n")
-    monkeypatch.setattr(native, "__file__", str(package / "native.py"))
-    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+        (tmp_path / "csrc" / "host" / "move_bytes.h").write_text("// changed since\n")
+    monkeypatch.setattr(host_library, "__file__", str(package / "host_library.py"))
+    monkeypatch.setattr(host_library, "find_library", host_library.find_library.__wrapped__)
     reason = {"absent": "not built", "broken": "can't be loaded", "stale": "other sources"}[kind]
     layer, x = random_layer(16, 8), np.asfortranarray(random_rows(100, 16))
     result = run_pipelined(layer, x, devices="cpu")
