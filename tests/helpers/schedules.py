@@ -1,7 +1,8 @@
-"""Schedules: runs with random shapes, sizes, sources, rates and jitter, drawn from a seed, and what must hold after them.
+"""Schedules: runs with random shapes, sizes, sources, rates and jitter, drawn from a seed, and what must hold then.
 
-The result must have the bits of `layer(x)`, and the run must come to rest. A schedule runs on one of several grounds: the
-simulated device, whose virtual clock makes one seed one order of events, or a CPU with the fake driver, with either mover.
+The result must have the bits of `layer(x)`, and the run must come to rest. A schedule runs on one of several grounds:
+the simulated device, whose virtual clock gives one seed one order of events, or a CPU with the fake driver, with either
+mover.
 """
 
 from __future__ import annotations

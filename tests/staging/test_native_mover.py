@@ -17,7 +17,7 @@ from helpers.native_device import FAILURE, NATIVE, REFUSAL, NativeDevice, compil
 from needs import IN_CI
 
 import pipeline.devices.cpu
-from pipeline import Pipeline
+from pipeline import FusedLinear, Pipeline
 from pipeline.arrays import HostArray
 from pipeline.config import Staging
 from pipeline.errors import DriverError, FileFormatError
@@ -69,7 +69,7 @@ BY_C, BY_PYTHON = {"native load", "native store"}, {"Python load", "Python store
 
 @pytest.mark.parametrize("wire", [None, "bf16", "fp16"])
 @pytest.mark.parametrize("columns", ["contiguous", "strided"])
-def test_native_mover_move_all_pieces(wire: str | None, columns: str) -> None:
+def test_native_mover_moves_all_pieces(wire: str | None, columns: str) -> None:
     layer, x = random_layer(33, 17), random_rows(237, 50)
     x = np.ascontiguousarray(x[:, :33]) if columns == "contiguous" else x[:, 9:42]
     y = poisoned((237, 20))[:, 1:18]
@@ -88,7 +88,7 @@ def test_native_mover_move_all_pieces(wire: str | None, columns: str) -> None:
     assert stats.stages["D2H"].bytes == 237 * 17 * (2 if wire else 4) == stats.stages["drain"].bytes
 
 
-def test_native_mover_read_and_write_files(tmp_path: Path) -> None:
+def test_native_mover_reads_and_writes_files(tmp_path: Path) -> None:
     layer, x = random_layer(24, 31), random_rows(300, 24)
     np.save(tmp_path / "x.npy", x)
     with open_pipeline(layer) as pipe:
@@ -97,7 +97,7 @@ def test_native_mover_read_and_write_files(tmp_path: Path) -> None:
         assert used(movers_of(pipe)) == BY_C
 
 
-def test_native_mover_leave_what_they_cannot_read_to_the_loop(tmp_path: Path) -> None:
+def test_native_mover_leaves_what_it_cannot_read_to_python(tmp_path: Path) -> None:
     layer, x = random_layer(24, 31), random_rows(300, 24)
     np.save(tmp_path / "x.npy", np.asfortranarray(x))
     with open_pipeline(layer) as pipe:
@@ -107,7 +107,7 @@ def test_native_mover_leave_what_they_cannot_read_to_the_loop(tmp_path: Path) ->
         assert used(movers_of(pipe)) == BY_C | BY_PYTHON
 
 
-def test_native_mover_are_not_used_without_native_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_mover_is_not_used_without_native_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_NATIVE_COPY", "0")
     layer, x = random_layer(24, 31), random_rows(300, 24)
     with open_pipeline(layer) as pipe:
@@ -115,7 +115,7 @@ def test_native_mover_are_not_used_without_native_workers(monkeypatch: pytest.Mo
         assert used(movers_of(pipe)) == BY_PYTHON
 
 
-def test_native_mover_poison_pieces_in_debug_mode_and_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_mover_poisons_pieces_in_debug_mode_and_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIPELINE_DEBUG", "1")
     layer, x = random_layer(24, 31), random_rows(300, 24)
     with open_pipeline(layer) as pipe:
@@ -135,7 +135,7 @@ def cut_file(path: Path, x: HostArray) -> Callable[[Any], None]:
     return cut
 
 
-def test_native_mover_report_a_file_that_is_cut_and_the_next_run_works(tmp_path: Path) -> None:
+def test_native_mover_reports_a_file_that_is_cut_and_the_next_run_works(tmp_path: Path) -> None:
     layer, x = random_layer(24, 31), random_rows(3000, 24)
     np.save(tmp_path / "x.npy", x)
     with open_pipeline(layer) as pipe:
@@ -147,7 +147,7 @@ def test_native_mover_report_a_file_that_is_cut_and_the_next_run_works(tmp_path:
 
 @pytest.mark.parametrize("how", [REFUSAL, FAILURE])
 @pytest.mark.parametrize("copies", [0, 7, 40])
-def test_native_mover_report_a_copy_that_fails_on_the_device(how: int, copies: int) -> None:
+def test_native_mover_reports_a_copy_that_fails_on_the_device(how: int, copies: int) -> None:
     layer, x = random_layer(24, 31), random_rows(1000, 24)
     with open_pipeline(layer) as pipe:
         fake_driver().fake_trouble(how, copies)
@@ -159,7 +159,7 @@ def test_native_mover_report_a_copy_that_fails_on_the_device(how: int, copies: i
 
 
 @pytest.mark.parametrize("looks", [1, 2, 5, 20, 60])
-def test_native_mover_give_up_when_the_run_is_interrupted(looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_mover_gives_up_when_the_run_is_interrupted(looks: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = random_layer(24, 31), random_rows(4000, 24)
     y = poisoned((4000, 31))
     with open_pipeline(layer) as pipe:
@@ -197,7 +197,7 @@ def test_native_mover_with_other_workers_and_rings_between_runs() -> None:
         workers.close()
 
 
-def test_native_mover_of_two_devices_share_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_movers_of_two_devices_share_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     def named(name: str) -> NativeDevice:
         device = NativeDevice()
         device.name = name
@@ -217,7 +217,7 @@ def test_native_mover_of_two_devices_share_the_workers(monkeypatch: pytest.Monke
         assert pipe._lanes[0].workers is pipe._lanes[1].workers
 
 
-def test_native_mover_end_their_thread_when_closed_and_when_forgotten() -> None:
+def test_native_mover_ends_its_thread_when_closed_and_when_forgotten() -> None:
     def mover_threads() -> int:
         names = (Path(f"/proc/self/task/{each.name}/comm").read_text() for each in Path("/proc/self/task").iterdir())
         return sum(name.strip() == "pipeline-mover" for name in names)
@@ -253,7 +253,7 @@ print(in_c, *(stats.stages[stage].count for stage in ("fill", "H2D", "D2H", "dra
 """
 
 
-def test_native_mover_make_ranges_that_profilers_see(tmp_path: Path) -> None:
+def test_native_mover_makes_ranges_that_profilers_see(tmp_path: Path) -> None:
     library, _ = host_library.find_library()
     if not library.mover_has_ranges() and not IN_CI:
         pytest.skip("the package was built without NVTX's headers")
@@ -289,7 +289,7 @@ def test_native_mover_make_ranges_that_profilers_see(tmp_path: Path) -> None:
     assert any(event[:1] + event[2:3] == ["push", "kernel"] for event in events), "the loop's are there as well"
 
 
-def test_native_mover_that_profilers_would_not_see_leave_the_pieces_to_the_loop(
+def test_native_mover_that_profilers_would_not_see_leaves_pieces_to_python(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     layer, x = random_layer(24, 31), random_rows(400, 24)
