@@ -25,7 +25,7 @@ from pipeline.devices.sim import SimDevice
 from pipeline.dtypes import FLOAT32
 from pipeline.errors import DeviceMemoryError, OptionError
 from pipeline.flow import DeviceRows, Drain, Job, Operation, Workers
-from pipeline.plan.simulate import Lanes, _PlanDevice, _PlanWorkers
+from pipeline.plan.simulate import StageRates, _PlanDevice, _PlanWorkers
 from pipeline.tuning import tune
 from pipeline.tuning.measure import Copies
 
@@ -128,7 +128,7 @@ class SimulatedBus(_PlanDevice):
 
     has_bus, description = True, "simulated GPU with a bus"
     row_bytes = 8192 * 4
-    lanes = Lanes(
+    lanes = StageRates(
         fill=60e9 / row_bytes,
         h2d=50e9 / row_bytes,
         kernel=math.inf,

@@ -36,7 +36,7 @@ from pipeline.layer.linear import FusedLinear
 
 __all__ = ["CudaDevice", "count_gpus"]
 
-_DRIVER_API = 12000  # the version of the driver's functions that csrc/host/host_lanes.c calls, which are:
+_DRIVER_API = 12000  # the version of the driver's functions that csrc/host/mover.c calls, which are:
 _FOR_C = ("cuCtxSetCurrent", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuEventRecord", "cuEventQuery")
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # linux/prctl.h
 # NOTE: times mix two clocks, starts of the host's and ends of the GPU's. Clocks differ by some 1e-5 (not measured

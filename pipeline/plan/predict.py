@@ -15,7 +15,7 @@ from pipeline.dtypes import DType, wire_dtypes
 from pipeline.errors import OptionError
 from pipeline.instrument import bus_rates
 from pipeline.plan.machine import Machine, is_rate, of_gpus
-from pipeline.plan.simulate import Lanes, ring_bytes, simulate
+from pipeline.plan.simulate import StageRates, ring_bytes, simulate
 from pipeline.staging.movers import Wire
 
 SOURCES = ("pinned", "array", "file")
@@ -308,14 +308,14 @@ def _is_cached(job: Job, machine: Machine) -> bool:
     return -(-job.rows // job.hosts) * job.in_row_bytes <= machine.host_memory_bytes
 
 
-def _lanes(job: Job, machine: Machine, limits: dict[str, float]) -> Lanes:
+def _lanes(job: Job, machine: Machine, limits: dict[str, float]) -> StageRates:
     """One GPU's lanes, with all GPUs at work."""
 
     def lowest(*names: str) -> float:
         return min(limits.get(name, math.inf) for name in names) / job.gpus
 
     fill_bytes, drain_bytes = _staged_bytes(job)
-    return Lanes(
+    return StageRates(
         fill=lowest("fill", "page cache", "disk read"),
         h2d=lowest("H2D"),
         kernel=lowest("kernel"),

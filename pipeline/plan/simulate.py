@@ -16,13 +16,13 @@ from pipeline.io.memory import RangeFeed
 from pipeline.report.stats import stage_stats
 from pipeline.staging.movers import Movers, Wire
 
-_CHUNKS, _PIECES = 240, 8_000  # simulated at most, but for as many chunks as it takes to fill and empty the lanes
+_CHUNKS, _PIECES = 240, 8_000  # simulated at most, but for as many chunks as it takes to fill and empty all stages
 _STREAMS = 60  # simulated at most: a chunk that waits behind so many others changes nothing
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """Rows a second that each lane of a GPU would move alone. Infinity stands for a lane that a job doesn't use.
+class StageRates:
+    """Rows a second that each stage of a GPU would move alone. Infinity stands for a stage that a job doesn't use.
 
     `memory` is for fills and drains together, `fill_share` the part of its bytes that fills move. `pause_s` is what a
     copy engine loses before the first copy of another chunk.
@@ -40,7 +40,7 @@ class Lanes:
 
 @dataclass(frozen=True)
 class Simulated:
-    """What one GPU's lanes did with the first `rows` rows. `steady_rows_per_s` is the rate while they were full."""
+    """What one GPU's stages did with the first `rows` rows. `steady_rows_per_s` is the rate while all were at work."""
 
     rows: int
     seconds: float
@@ -49,7 +49,7 @@ class Simulated:
 
 
 def simulate(
-    lanes: Lanes,
+    rates: StageRates,
     wire: Wire,
     rows: int,
     *,
@@ -61,8 +61,8 @@ def simulate(
     """Run the first of `rows` rows through the executor on one simulated GPU. Rows of an end that isn't staged are
     in pinned memory."""
     num_streams = min(num_streams, _STREAMS, -(-rows // chunk_rows))
-    device = _PlanDevice(lanes)
-    workers = _PlanWorkers(device, lanes)
+    device = _PlanDevice(rates)
+    workers = _PlanWorkers(device, rates)
     movers = Movers(device, workers, wire, Staging.default())
     pieces = -(-chunk_rows // piece_rows(max(wire.in_row_bytes, wire.out_row_bytes)))
     chunks = min(_CHUNKS, max(4 * num_streams, _PIECES // pieces))
@@ -77,7 +77,8 @@ def simulate(
     sink = _PlanSink(workers, staged_out)
     Executor(device, movers, num_streams, feed, sink, recorder, on_commit, threading.Event()).run()
     seconds = device.now()
-    # The rate while the lanes are full: between a third and the end of the commits, the last of which drain the slots.
+    # The rate while all stages are at work: from a third of the commits on, and without the last ones, which empty the
+    # slots.
     early, late = done[len(done) // 3], done[max(len(done) // 3 + 1, len(done) - 1 - num_streams)]
     busy_shares = {name: stage.busy_share for name, stage in stage_stats([recorder], seconds).items()}
     return Simulated(rows, seconds, (late[1] - early[1]) / (late[0] - early[0]), busy_shares)
@@ -88,9 +89,9 @@ class _PlanDevice(SimDevice):
 
     poison = False
 
-    def __init__(self, lanes: Lanes) -> None:
+    def __init__(self, rates: StageRates) -> None:
         super().__init__(Hardware(latency_s=0.0))
-        self._lanes = lanes
+        self._rates = rates
         self._free_at_s: dict[int, float] = {}  # of each slot
         self._latest_slot: dict[str, int] = {}  # of each engine
 
@@ -101,20 +102,20 @@ class _PlanDevice(SimDevice):
         return True  # asked only where a source or target shows its memory: the pinned ones do
 
     def upload(self, slot: int, first: int, rows: HostArray) -> Operation:
-        return self._copy("H2D", slot, len(rows) / self._lanes.h2d)
+        return self._copy("H2D", slot, len(rows) / self._rates.h2d)
 
     def compute(
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
-        return self._take("kernel", slot, rows / self._lanes.kernel)
+        return self._take("kernel", slot, rows / self._rates.kernel)
 
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
-        return self._copy("D2H", slot, len(rows) / self._lanes.d2h)
+        return self._copy("D2H", slot, len(rows) / self._rates.d2h)
 
     def _copy(self, stage: str, slot: int, seconds: float) -> Operation:
         before = self._latest_slot.get(stage, slot)
         self._latest_slot[stage] = slot
-        return self._take(stage, slot, seconds if before == slot else seconds + self._lanes.pause_s)
+        return self._take(stage, slot, seconds if before == slot else seconds + self._rates.pause_s)
 
     def _take(self, stage: str, slot: int, seconds: float) -> Operation:
         operation = self.schedule(self._engines[stage], self._free_at_s.get(slot, 0.0), seconds, _nothing, _nothing)
@@ -127,11 +128,11 @@ class _PlanWorkers:
 
     description = "copy workers (simulated)"
 
-    def __init__(self, device: _PlanDevice, lanes: Lanes) -> None:
+    def __init__(self, device: _PlanDevice, rates: StageRates) -> None:
         self._device = device
-        share = lanes.fill_share
-        self._row_s = {"fill": 1 / lanes.fill, "drain": 1 / lanes.drain}
-        self._memory_row_s = {"fill": share / lanes.memory, "drain": (1 - share) / lanes.memory}
+        share = rates.fill_share
+        self._row_s = {"fill": 1 / rates.fill, "drain": 1 / rates.drain}
+        self._memory_row_s = {"fill": share / rates.memory, "drain": (1 - share) / rates.memory}
         self._memory_free_at_s = 0.0
         self._free_at_s = {"fill": 0.0, "drain": 0.0}
         self.asked: tuple[str, int] = ("fill", 0)  # stage and rows of the job that is being submitted

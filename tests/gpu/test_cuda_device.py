@@ -37,6 +37,7 @@ from pipeline import FusedLinear, Pipeline, pin, run_pipelined
 from pipeline.devices.cuda import is_pinned
 from pipeline.devices.names import find_devices, open_device
 from pipeline.errors import DeviceError, DeviceMemoryError, DriverError, DTypeError, InputError, OptionError
+from pipeline.report.trace import read_trace
 
 LAYER = random_layer(256, 192)
 X = random_rows(3000, 256)
@@ -112,7 +113,7 @@ def test_pinned_but_strided_goes_through_the_ring(expected: Any) -> None:
 def test_pageable_memory_is_staged(expected: Any) -> None:
     with open_pipeline() as pipeline:
         result = pipeline.run(X)
-        assert pipeline._lanes[0].executor._lanes is not None, "in C"
+        assert pipeline._lanes[0].movers.rings["native"].load.allocated_bytes, "in C"
     assert result.stats.stages["fill"].bytes == X.nbytes
     assert_same_bits(result.out, expected)
 
@@ -137,7 +138,9 @@ def test_rows_of_odd_width_are_staged_by_the_loop() -> None:
     layer, x = random_layer(33, 17), random_rows(3000, 33)
     with open_pipeline(layer) as pipeline:
         out = pipeline.run(x).out
-        assert pipeline._lanes[0].executor._lanes is None, "no single copy can move rows that are apart on the GPU"
+        rings = pipeline._lanes[0].movers.rings
+        assert rings["Python"].load.allocated_bytes, "no single copy can move rows that are apart on the GPU"
+        assert not rings["native"].load.allocated_bytes
     assert_close(out, layer, x)
 
 
@@ -603,11 +606,11 @@ def test_two_gpus_share_a_job(kind: str, tmp_path: Path) -> None:
         if kind == "stream":
             assert_same_bits(np.concatenate(list(both.stream(source))), expected)
             return
-        result = both.run(source, tmp_path / "y.npy" if kind == "path" else None)
+        result = both.run(source, tmp_path / "y.npy" if kind == "path" else None, trace=tmp_path / "run.json")
         assert list(result.stats.devices) == ["cuda:0", "cuda:1"]
         assert_same_bits(np.load(result.out) if kind == "path" else result.out, expected)
-        chunks = [len(lane.executor._recorder.intervals) for lane in both._lanes]
-        assert min(chunks) > 0, "one GPU did all the work"
+        timeline, _ = read_trace(tmp_path / "run.json")
+        assert all(timeline.devices[name] for name in ("cuda:0", "cuda:1")), "one GPU did all the work"
 
 
 @pytest.mark.skipif(count_gpus() < 2, reason="needs two GPUs")

@@ -209,12 +209,12 @@ def what_rests_wakes_up(ground: Ground) -> None:
     """A transfer in either direction that comes after a while without any is not forgotten."""
     x, y = random_rows(CHUNK, IN), poisoned((CHUNK, OUT))
     load, store = ground.through(x, y, 0)
-    for _ in range(2):
+    for _ in range(4):
         ground.finish(load, store)
-        time.sleep(0.003)  # now its thread rests, if it has one
+        time.sleep(0.005)  # now its thread rests, if it has one
         store = ground.store(y, 0)
         ground.finish(store)
-        time.sleep(0.003)
+        time.sleep(0.005)
         load = ground.load(x, 0)
 
 
@@ -347,7 +347,7 @@ def cancelling_waits_for_the_last_piece(ground: Ground) -> None:
             else:
                 for _ in range(20):
                     ground.look()
-            threading.Timer(0.03, lambda let_go=let_go, holding=holding: (let_go.set(), holding.close())).start()
+            threading.Timer(0.1, lambda let_go=let_go, holding=holding: (let_go.set(), holding.close())).start()
             ground.mover.cancel()
             assert let_go.is_set() or ground.held is _not_held, f"{stage} goes on after cancel() has returned"
     chunks_come_through(ground)

@@ -154,7 +154,8 @@ def ground_with(library: Any, fault: int, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(host_library, "find_library", lambda: (library, ""))
     switch = ctypes.c_int.in_dll(library, "host_fault")
     ground = native_ground()
-    ground.patience_s = 1.0
+    if fault:
+        ground.patience_s = 1.0
     switch.value = fault
     try:
         yield ground
