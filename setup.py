@@ -1,4 +1,4 @@
-"""Adds the native copy workers to the build; all else is in pyproject.toml.
+"""Adds the native copy workers and the mover to the build; all else is in pyproject.toml.
 
 The library is optional: where there is no C compiler the install goes through, and copies are done by NumPy.
 """
@@ -29,10 +29,10 @@ NVTX = nvtx_include()
 setup(
     ext_modules=[
         Extension(
-            "pipeline._host_copy",  # loaded with ctypes: nothing in it is Python's
+            "pipeline._host",  # loaded with ctypes: nothing in it is Python's
             [name for name in SOURCES if name.endswith(".c")],
             depends=SOURCES,
-            define_macros=[("HOST_COPY_SOURCE", f'"{DIGEST}"')] + [("HOST_LANES_NVTX", "1") for _ in NVTX],
+            define_macros=[("HOST_SOURCE", f'"{DIGEST}"')] + [("HOST_NVTX", "1") for _ in NVTX],
             include_dirs=NVTX,
             extra_compile_args=["-std=c11", "-O3", "-pthread"],
             extra_link_args=["-pthread", *(["-ldl"] if sys.platform == "linux" else [])],  # which NVTX's headers need

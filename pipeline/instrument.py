@@ -67,7 +67,7 @@ class _NoRange:
 _NO_RANGE = _NoRange()
 
 
-class Interval(NamedTuple):  # a tuple is made in a third of a frozen dataclass's time
+class Interval(NamedTuple):  # made faster than a frozen dataclass
     """One operation: seconds on the run's clock, bytes moved (0 for kernels)."""
 
     stage: str
@@ -94,7 +94,7 @@ class StageTotals:
             self._busy_until_s = interval.end_s
 
 
-KEPT = 2_000  # operations of a device that every run keeps for its report, which takes 2 us for each
+KEPT = 2_000  # operations of a device that every run keeps: making its report takes time for each
 KEPT_FOR_TRACE = 200_000
 
 
@@ -102,8 +102,8 @@ class Recorder:
     """The event record of one device in one run.
 
     Totals cover the whole run; single operations are kept for the latest `keep` of them, so that memory stays flat
-    however long a run is. Only the thread that owns the device adds to it, each stage's operations in the order in
-    which they started.
+    however long a run is. Only the thread that runs the device's executor adds to it, each stage's operations in the
+    order in which they started.
     """
 
     def __init__(self, device: str, keep: int = KEPT) -> None:
@@ -127,7 +127,7 @@ class Ceilings:
     """The most that one device and its host reach, as measured; None where nothing was measured.
 
     GB/s are 1e9 bytes a second. H2D and D2H are each direction's rate while the other one is busy as well; fill and
-    drain are the copy workers' rates while the other lanes work. `origin` says when and how they were measured.
+    drain are the copy workers' rates while all other stages work. `origin` says when and how they were measured.
     """
 
     h2d_gb_per_s: float | None = None

@@ -14,6 +14,7 @@ from pipeline.executor import Executor
 from pipeline.flow import Chunk, Feed, Sink, Workers
 from pipeline.instrument import Recorder
 from pipeline.layer.base import Layer
+from pipeline.staging.movers import Movers, Wire
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Assignment:
 class Station:
     """One opened device, prepared for a layer, with what moves rows to it and from it.
 
-    Nothing else of a fleet or a run knows the executor.
+    Nothing else of a fleet or a run knows the executor and the movers.
     """
 
     def __init__(self, device: Device, workers: Workers, assignment: Assignment, staging: Staging) -> None:
@@ -37,18 +38,20 @@ class Station:
         device.prepare(layer, out_dtype, assignment.chunk_rows)
         _check_memory(device, assignment)
         device.allocate(assignment.chunk_rows, num_streams)
-        self.device, self.workers = device, workers
-        self.executor = Executor(device, workers, layer, out_dtype, num_streams, staging)
+        self.device, self.workers, self._num_streams = device, workers, num_streams
+        self.movers = Movers(
+            device, workers, Wire(layer.in_features, layer.out_features, layer.dtype, out_dtype), staging
+        )
 
     def restage(self, workers: Workers, staging: Staging) -> None:
         """Stage the next runs' rows with other workers and rings. Between runs only."""
         self.workers = workers
-        self.executor.restage(workers, staging)
+        self.movers.restage(workers, staging)
 
     @property
     def pinned_bytes(self) -> int:
         """What its rings take, which are allocated when they are first used."""
-        return self.executor.pinned_bytes
+        return self.movers.pinned_bytes
 
     def run(
         self,
@@ -59,11 +62,11 @@ class Station:
         stopping: threading.Event,
     ) -> None:
         """Move the feed's chunks through the device until there are no more. Blocks; raises as `Executor.run`."""
-        self.executor.run(feed, sink, recorder, on_commit, stopping)
+        Executor(self.device, self.movers, self._num_streams, feed, sink, recorder, on_commit, stopping).run()
 
     def close(self) -> None:
         """End what moves rows. The device stays open, its copy workers too."""
-        self.executor.close()
+        self.movers.close()
 
 
 def _check_memory(device: Device, assignment: Assignment) -> None:

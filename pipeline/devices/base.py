@@ -29,7 +29,7 @@ from pipeline.layer.base import Layer, Place
 
 @dataclass(frozen=True)
 class NativeCopies:
-    """What code in C needs to copy between pinned memory and a device's slots (csrc/host).
+    """What code in C needs to copy between pinned memory and a device's slots (csrc/host/mover.c).
 
     `functions` are the addresses of the CUDA driver's cuCtxSetCurrent, cuMemcpyHtoDAsync, cuMemcpyDtoHAsync,
     cuEventRecord and cuEventQuery; then there are handles of a context and of streams. `new_event` makes an event that

@@ -37,7 +37,7 @@ from pipeline.layer.base import ALIGNMENT_BYTES, DeviceLayer, Layer
 
 __all__ = ["CudaDevice", "count_gpus", "is_pinned", "register", "unregister"]
 
-_DRIVER_API = 12000  # the version of the driver's functions that code in C calls, which are:
+_DRIVER_API = 12000  # the version of the driver's functions that csrc/host/mover.c calls, which are:
 _FOR_C = ("cuCtxSetCurrent", "cuMemcpyHtoDAsync", "cuMemcpyDtoHAsync", "cuEventRecord", "cuEventQuery")
 _PR_SET_TIMERSLACK, _PR_GET_TIMERSLACK = 29, 30  # linux/prctl.h
 

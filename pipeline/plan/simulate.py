@@ -9,11 +9,11 @@ from typing import Any, cast
 from pipeline.arrays import HostArray
 from pipeline.config import Staging
 from pipeline.devices.sim import Engine, Hardware, SimDevice
-from pipeline.dtypes import DType
 from pipeline.executor import Executor
 from pipeline.flow import Chunk, DeviceRows, Job, Operation, RangeFeed, Sink, SourceRows, TargetRows
 from pipeline.instrument import Recorder
 from pipeline.report.stages import stage_stats
+from pipeline.staging.movers import Movers, Wire
 
 _CHUNKS, _PIECES = 240, 8_000  # simulated at most, but for as many chunks as it takes to fill and empty the stages
 _STREAMS = 60  # simulated at most: a chunk that waits behind so many others changes nothing
@@ -47,16 +47,6 @@ class Simulated:
     busy_shares: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Wire:
-    """Rows as they cross the bus: all that the executor asks of a layer, and the type of results."""
-
-    in_features: int
-    out_features: int
-    dtype: DType
-    out_dtype: DType
-
-
 def simulate(
     rates: StageRates,
     wire: Wire,
@@ -72,8 +62,8 @@ def simulate(
     num_streams = min(num_streams, _STREAMS, -(-rows // chunk_rows))
     device = _PlanDevice(rates)
     workers = _PlanWorkers(device, rates)
-    executor = Executor(device, workers, wire, wire.out_dtype, num_streams, Staging.default())
-    pieces = -(-chunk_rows // min(executor.ring_in.piece_rows, executor.ring_out.piece_rows))
+    movers = Movers(device, workers, wire, Staging.default())
+    pieces = -(-chunk_rows // piece_rows(max(wire.in_row_bytes, wire.out_row_bytes)))
     chunks = min(_CHUNKS, max(4 * num_streams, _PIECES // pieces))
     rows = min(rows, chunks * chunk_rows)
     recorder = Recorder("plan")
@@ -83,9 +73,11 @@ def simulate(
         done.append((device.now(), done[-1][1] + chunk.rows))
 
     feed = RangeFeed(rows, chunk_rows, lambda row, n: _Rows(workers, "fill", n, staged_in))
-    executor.run(feed, _PlanSink(workers, staged_out), recorder, on_commit, threading.Event())
+    sink = _PlanSink(workers, staged_out)
+    Executor(device, movers, num_streams, feed, sink, recorder, on_commit, threading.Event()).run()
     seconds = device.now()
-    # The rate while the stages are full: between a third and the end of the commits, the last of which drain the slots.
+    # The rate while all stages are at work: from a third of the commits on, and without the last ones, which empty the
+    # slots.
     early, late = done[len(done) // 3], done[max(len(done) // 3 + 1, len(done) - 1 - num_streams)]
     busy_shares = {name: stage.busy_share for name, stage in stage_stats([recorder], seconds).items()}
     return Simulated(rows, seconds, (late[1] - early[1]) / (late[0] - early[0]), busy_shares)
@@ -213,7 +205,11 @@ def _nothing() -> None:
     pass
 
 
+def piece_rows(row_bytes: int) -> int:
+    """Rows of a pinned piece, each of so many bytes."""
+    return max(1, Staging.default().piece_bytes // row_bytes)
+
+
 def ring_bytes(row_bytes: int) -> int:
     """Pinned bytes of a ring for rows of so many bytes."""
-    staging = Staging.default()
-    return staging.ring_pieces * max(1, staging.piece_bytes // row_bytes) * row_bytes
+    return Staging.default().ring_pieces * piece_rows(row_bytes) * row_bytes

@@ -8,7 +8,7 @@ from pipeline.dtypes import DType
 from pipeline.errors import OptionError
 from pipeline.options import RunOptions
 from pipeline.plan.machine import Machine, is_rate
-from pipeline.plan.simulate import Wire
+from pipeline.staging.movers import Wire
 
 SOURCES = ("pinned", "array", "file")
 OUTPUTS = (*SOURCES, "fresh")

@@ -1,9 +1,10 @@
-"""The pinned memory between the caller's arrays and the device, and the threads that copy through it."""
+"""The pinned memory through which rows are staged between the caller's memory or files and a device."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from pipeline.arrays import HostArray
 from pipeline.config import debug
@@ -44,6 +45,11 @@ class Ring:
     def available(self) -> bool:
         return bool(self._free)
 
+    @property
+    def free_pieces(self) -> list[int]:
+        """The numbers of the pieces that nobody has taken."""
+        return sorted(self._free)
+
     def take(self) -> int:
         """A free piece's number."""
         while len(self._pieces) < self.pieces:  # none is lost where an allocation fails or is interrupted
@@ -78,3 +84,11 @@ class Ring:
     def give_back_all(self) -> None:
         """Every piece is free again: after an abort, once nothing uses them any more."""
         self._free = deque(range(self.pieces))
+
+
+@dataclass(frozen=True)
+class Rings:
+    """The pieces of one mover, to the device and from it."""
+
+    load: Ring
+    store: Ring

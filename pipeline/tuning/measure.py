@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from types import TracebackType
 
 import numpy as np
@@ -19,12 +18,13 @@ import numpy as np
 from pipeline.arrays import HostArray
 from pipeline.config import Staging, cores
 from pipeline.devices.base import Device
-from pipeline.dtypes import FLOAT32, DType
+from pipeline.dtypes import FLOAT32
 from pipeline.executor import Executor
 from pipeline.flow import Chunk, DeviceRows, Drain, Feed, Fill, Operation, Sink, Workers
 from pipeline.instrument import Recorder
 from pipeline.io.memory import ArrayRows
 from pipeline.options import DEFAULT_STREAMS
+from pipeline.staging.movers import Movers, Wire
 from pipeline.staging.native import open_workers
 
 _FEATURES = 8192
@@ -35,13 +35,7 @@ _SOURCE_CHUNKS = 4  # 128 MiB of scratch: more than most caches hold, where no m
 _TARGET_CHUNKS = 1  # stores that bypass the caches find nothing there however small it is
 RING_BYTES = 2 * _CHUNK_BYTES  # the most that a ring may hold in one direction
 _FEWEST_CHUNKS = 2 * DEFAULT_STREAMS  # of a trial on a slow machine, so that all slots have been used
-
-
-@dataclass(frozen=True)
-class _Shape:
-    in_features: int = _FEATURES
-    out_features: int = _FEATURES
-    dtype: DType = FLOAT32
+_WIRE = Wire(_FEATURES, _FEATURES, FLOAT32, FLOAT32)
 
 
 class _TimedFeed(Feed):
@@ -219,19 +213,22 @@ class Copies:
         def one(place: _Place, workers: Workers) -> tuple[float, int]:
             device = place.device
             place.start()
-            executor = Executor(device, workers, _Shape(), FLOAT32, DEFAULT_STREAMS, staging, place.take)
+            movers = Movers(device, workers, _WIRE, staging, place.take)
             source, target = ends(place)
             feed = _TimedFeed(source, self._chunks_read, device.now, self._trial_s)
             done_s = [device.now()]
-            with closing(executor):
-                executor.run(
+            with closing(movers):
+                Executor(
+                    device,
+                    movers,
+                    DEFAULT_STREAMS,
                     feed,
                     _ScratchSink(target),
                     Recorder(device.name, 0),
                     lambda _: done_s.append(device.now()),
                     threading.Event(),
-                )
-            inside = [moment for moment in done_s if moment <= feed.ended_s]  # afterwards the lanes run empty
+                ).run()
+            inside = [moment for moment in done_s if moment <= feed.ended_s]  # afterwards all stages run empty
             first = len(inside) // 3  # until then they were filling
             return (len(inside) - 1 - first) * _CHUNK_BYTES / (inside[-1] - inside[first]), feed.taken
 

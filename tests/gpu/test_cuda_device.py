@@ -81,7 +81,7 @@ def test_pinned_but_strided_goes_through_the_ring(expected: Any) -> None:
 def test_pageable_memory_is_staged(expected: Any) -> None:
     with open_pipeline() as pipeline:
         result = pipeline.run(X)
-        assert pipeline.fleet.stations[0].executor._lanes is not None, "in C"
+        assert pipeline.fleet.stations[0].movers.rings["native"].load.allocated_bytes, "in C"
     assert result.stats.stages["fill"].bytes == X.nbytes
     assert_same_bits(result.out, expected)
 
@@ -106,9 +106,9 @@ def test_rows_of_odd_width_are_staged_by_the_loop() -> None:
     layer, x = random_layer(33, 17), random_rows(3000, 33)
     with open_pipeline(layer) as pipeline:
         out = pipeline.run(x).out
-        assert pipeline.fleet.stations[0].executor._lanes is None, (
-            "no single copy can move rows that are apart on the GPU"
-        )
+        rings = pipeline.fleet.stations[0].movers.rings
+        assert rings["Python"].load.allocated_bytes, "no single copy can move rows that are apart on the GPU"
+        assert not rings["native"].load.allocated_bytes
     assert_close(out, layer, x)
 
 

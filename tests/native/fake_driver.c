@@ -1,7 +1,8 @@
-// A stand-in for the CUDA driver's functions that csrc/host/host_lanes.c calls: "device memory" is the host's, two streams
-// run copies and events in order, each in a thread of its own and with random delays, and one copy can be made to fail.
+// A stand-in for the CUDA driver's functions that csrc/host/mover.c calls: "device memory" is the host's, two streams
+// run copies and events in order, each in a thread of its own and with random delays. A stream can be held, and one
+// copy can be made to fail.
 //
-// Compiled into host_lanes_stress.c, and as a library of its own for tests/test_lanes.py.
+// Compiled into mover_stress.c, and as a library of its own for tests/helpers/native_device.py.
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -27,7 +28,8 @@ typedef struct {
   pthread_mutex_t lock;
   pthread_cond_t work;
   operation *first, *last;
-  int closing, error;  // an error stays, as that of a context does
+  int closing, held;
+  int error;  // stays, as that of a context does
   uint64_t dice;
 } fake_stream;
 
@@ -45,7 +47,7 @@ static void* run_stream(void* argument) {
   fake_stream* s = argument;
   for (;;) {
     pthread_mutex_lock(&s->lock);
-    while (!s->first && !s->closing) pthread_cond_wait(&s->work, &s->lock);
+    while ((!s->first || s->held) && !s->closing) pthread_cond_wait(&s->work, &s->lock);
     operation* o = s->first;
     if (o && !(s->first = o->after)) s->last = NULL;
     s->dice = s->dice * 6364136223846793005u + 1442695040888963407u;
@@ -72,6 +74,15 @@ void* fake_open_stream(uint64_t seed) {
   pthread_cond_init(&s->work, NULL);
   pthread_create(&s->thread, NULL, run_stream, s);
   return s;
+}
+
+// 1 stops a stream before its next operation, 0 lets it go on.
+void fake_hold(void* stream, int held) {
+  fake_stream* s = stream;
+  pthread_mutex_lock(&s->lock);
+  s->held = held;
+  pthread_cond_signal(&s->work);
+  pthread_mutex_unlock(&s->lock);
 }
 
 void fake_close_stream(void* stream) {

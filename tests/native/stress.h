@@ -5,6 +5,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #define CHECK(condition)                                                \
   do {                                                                  \
@@ -21,4 +22,13 @@ typedef struct {
 static uint64_t roll(dice* d, uint64_t sides) {
   d->state = d->state * 6364136223846793005u + 1442695040888963407u;
   return (d->state >> 33) % sides;
+}
+
+// A temporary file without a name.
+static int nameless_file(void) {
+  FILE* file = tmpfile();
+  CHECK(file);
+  int fd = dup(fileno(file));
+  fclose(file);
+  return fd;
 }

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from pipeline.errors import DeviceMemoryError, OptionError
 from pipeline.flow import DeviceRows, Drain, Job, Operation, Workers
 from pipeline.plan.simulate import StageRates, _PlanDevice, _PlanWorkers
 from pipeline.tuning import tune
-from pipeline.tuning.measure import Copies, _Shape
+from pipeline.tuning.measure import Copies
 
 MEASURED = tune.Measured(4 * MIB, 5, 3, 55.0, 54.0, 50.0, 60.0, 45.0, 0.9, "2026-11-22T20:00:00+00:00")
 FACTS = {"cpu": "one", "cores": 2, "devices": ["GPU"], "copy_workers": "native"}
@@ -218,7 +219,7 @@ class Bus(CpuDevice):
     def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
         Bus.probes += 1
         probe = _CopiesOnly()
-        probe._layer, probe._out_dtype = _Shape(), FLOAT32  # type: ignore[assignment]
+        probe._layer, probe._out_dtype = SimpleNamespace(in_features=8192, out_features=8192, dtype=FLOAT32), FLOAT32  # type: ignore[assignment]
         probe.allocate(chunk_rows, num_streams)
         return probe
 

@@ -1,14 +1,14 @@
-// Stresses csrc/host/host_lanes.c under the sanitizers with the driver of
-// fake_driver.c: transfers of every kind in both lanes, rings of few pieces,
+// Stresses csrc/host/mover.c under the sanitizers with the driver of
+// fake_driver.c: transfers of every kind both ways, rings of few pieces,
 // copies that fail on the host or on the device, cancelling at any moment.
-// tests/test_native_sanitizers.py builds and runs it. Exits 0 and says what it
+// tests/staging/test_sanitizers.py builds and runs it. Exits 0 and says what it
 // did, or aborts.
 
 #define _GNU_SOURCE
 #include <stdio.h>
 
-#include "../../csrc/host/host_copy.c"
-#include "../../csrc/host/host_lanes.c"
+#include "../../csrc/host/copy_workers.c"
+#include "../../csrc/host/mover.c"
 #include "fake_driver.c"
 #include "stress.h"
 
@@ -17,7 +17,7 @@ enum { kElements = 64, kMostRows = 40, kTransfers = 6 };
 // fp32 rows on the host, some bytes apart, and wire rows of the device: fp32, or bf16 where there is a cast.
 typedef struct {
   transfer* t;
-  host_lanes_request r;
+  transfer_request r;
   char *host, *device, *expected;
   int fd;
   int64_t kernel_ended_ns;  // of the event that it waits for
@@ -37,7 +37,7 @@ static void make_transfer(moved* m, dice* d, int kind) {
   m->device = calloc(1, (size_t)(rows * row_bytes));
   m->expected = calloc(1, (size_t)(rows * stride));
   m->fd = -1;
-  host_copy_request host = {.kind = COPY, .rows = rows, .length = cast ? kElements : kElements * 4};
+  copy_request host = {.kind = COPY, .rows = rows, .length = cast ? kElements : kElements * 4};
   for (int64_t row = 0; row < rows; row++) {
     for (int i = 0; i < kElements; i++) {
       uint32_t bits = (uint32_t)(0x3f800000 + roll(d, 1 << 22));
@@ -60,9 +60,7 @@ static void make_transfer(moved* m, dice* d, int kind) {
     if (cast) host.cast = FP32_TO_BF16;
   }
   if (file) {
-    char path[] = "/tmp/host_lanes_XXXXXX";
-    m->fd = mkstemp(path);
-    CHECK(m->fd >= 0 && !unlink(path));
+    m->fd = nameless_file();
     host.kind = out ? WRITE_FILE : READ_FILE;
     host.fd = m->fd;
     host.offset = 77;
@@ -73,10 +71,10 @@ static void make_transfer(moved* m, dice* d, int kind) {
     host.fd = m->fd = open("/dev/null", O_RDONLY);
   }
   int64_t piece_rows = (int64_t)roll(d, 7) + 1, pieces = (rows + piece_rows - 1) / piece_rows;
-  host_lanes_span* spans = calloc((size_t)pieces, sizeof *spans);
-  m->r = (host_lanes_request){.host = host, .device = (uintptr_t)m->device, .row_bytes = row_bytes};
+  mover_span* spans = calloc((size_t)pieces, sizeof *spans);
+  m->r = (transfer_request){.host = host, .device = (uintptr_t)m->device, .row_bytes = row_bytes};
   m->r.piece_rows = piece_rows, m->r.spans = spans, m->r.out = out;
-  m->t = malloc(host_lanes_transfer_bytes());
+  m->t = malloc(mover_transfer_bytes());
   m->kernel_ended_ns = 0;
   if (out && roll(d, 2)) fake_pend(m->r.after = fake_new_event(), 1);
 }
@@ -94,7 +92,7 @@ static void end_kernels(moved* m, dice* d) {
 // Whether every row is where it belongs; with `some`, or nothing is there.
 static int arrived(moved* m, int some) {
   static const char nothing[kElements * 4];
-  const host_copy_request* h = &m->r.host;
+  const copy_request* h = &m->r.host;
   int64_t stride = m->r.out ? h->target_stride : h->source_stride;
   if (m->fd >= 0 && m->r.out) CHECK(pread(m->fd, m->host, host_bytes(m), 77) == (ssize_t)host_bytes(m));
   for (int64_t row = 0; row < h->rows; row++) {
@@ -116,7 +114,7 @@ static int arrived(moved* m, int some) {
 static void check_spans(const moved* m) {
   int64_t free_ns = m->kernel_ended_ns;
   for (int64_t i = 0; i < m->t->pieces; i++) {
-    const host_lanes_span* s = &m->r.spans[i];
+    const mover_span* s = &m->r.spans[i];
     CHECK(s->host_start_ns > 0 && s->host_start_ns <= s->host_end_ns);
     CHECK(s->device_start_ns >= free_ns && s->device_start_ns <= s->device_end_ns);
     if (m->r.out) CHECK(s->device_start_ns <= s->host_start_ns);
@@ -140,40 +138,40 @@ enum { WHOLE, CUT_FILE, REFUSED, FAILED, CANCELLED, kEndings };
 static void round_of(pool* p, dice* d, int ending) {
   fake_trouble(kRefusal, -1);
   fake_trouble(kFailure, -1);
-  host_lanes_device device = {.in_stream = fake_open_stream(roll(d, 1000)),
-                              .out_stream = fake_open_stream(roll(d, 1000)),
-                              .set_context = fake_set_context,
-                              .copy_in = fake_copy_in,
-                              .copy_out = fake_copy_out,
-                              .record = fake_record,
-                              .query = fake_query};
-  host_lanes* s = host_lanes_open(p, &device, (int)roll(d, 2));
+  mover_device device = {.in_stream = fake_open_stream(roll(d, 1000)),
+                         .out_stream = fake_open_stream(roll(d, 1000)),
+                         .set_context = fake_set_context,
+                         .copy_in = fake_copy_in,
+                         .copy_out = fake_copy_out,
+                         .record = fake_record,
+                         .query = fake_query};
+  mover* s = mover_open(p, &device, (int)roll(d, 2));
   CHECK(s);
   void *memory[2][4], *events[2][4];
   for (int out = 0; out < 2; out++) {
-    host_lanes_ring ring = {(int64_t)roll(d, 4) + 1, 7 * kElements * 4, memory[out], events[out]};
+    mover_ring ring = {(int64_t)roll(d, 4) + 1, 7 * kElements * 4, memory[out], events[out]};
     for (int i = 0; i < 4; i++) memory[out][i] = malloc((size_t)ring.bytes), events[out][i] = fake_new_event();
-    CHECK(!host_lanes_use(s, out, &ring));
+    CHECK(!mover_use(s, out, &ring));
   }
   moved m[kTransfers];
-  host_lanes_result result;
+  transfer_result result;
   int others = ending == REFUSED || ending == FAILED ? IN_MEMORY : ANY;
   for (int i = 0; i < kTransfers; i++) make_transfer(&m[i], d, i == 0 && ending == CUT_FILE ? FROM_EMPTY_FILE : others);
   if (ending == REFUSED || ending == FAILED) fake_trouble(ending == REFUSED ? kRefusal : kFailure, (int)roll(d, 20));
   for (int i = 0; i < kTransfers; i++) {
-    host_lanes_submit(s, m[i].t, &m[i].r);
+    mover_submit(s, m[i].t, &m[i].r);
     if (roll(d, 3) == 0) nanosleep(&(struct timespec){0, (long)roll(d, 300000)}, NULL);
   }
   if (ending != CANCELLED || roll(d, 2)) end_kernels(m, d);
   if (ending == CANCELLED) {
     nanosleep(&(struct timespec){0, (long)roll(d, 500000)}, NULL);
-    host_lanes_cancel(s);
+    mover_cancel(s);
   }
   int whole = 0;
   for (int i = 0; i < kTransfers; i++) {
-    while (!host_lanes_done(m[i].t, &result)) {
+    while (!mover_done(m[i].t, &result)) {
       CHECK(ending != CANCELLED);
-      void* event = host_lanes_queued(m[i].t);
+      void* event = mover_queued(m[i].t);
       if (event && ending == WHOLE && !fake_query(event)) CHECK(arrived(&m[i], 0));  // what a kernel would read
       relax();
     }
@@ -186,14 +184,14 @@ static void round_of(pool* p, dice* d, int ending) {
       CHECK(!m[i].r.out || arrived(&m[i], 1));
     } else {
       CHECK(!result.error && arrived(&m[i], 0));
-      CHECK((host_lanes_queued(m[i].t) == NULL) == m[i].r.out);
+      CHECK((mover_queued(m[i].t) == NULL) == m[i].r.out);
       check_spans(&m[i]);
       whole++;
     }
   }
   CHECK(ending != WHOLE || whole == kTransfers);
   CHECK(ending != CUT_FILE || whole == kTransfers - 1);
-  host_lanes_close(s);
+  mover_close(s);
   fake_close_stream(device.in_stream);
   fake_close_stream(device.out_stream);
   for (int i = 0; i < kTransfers; i++) free_transfer(&m[i]);
@@ -204,15 +202,15 @@ static void round_of(pool* p, dice* d, int ending) {
 
 int main(void) {
   dice d = {20261128};
-  pool* p = host_copy_open(2, kBestIsa);
+  pool* p = copy_workers_open(2, kBestIsa);
   CHECK(p);
   int rounds[kEndings] = {0};
-  for (int i = 0; i < 400; i++) {
+  for (int i = 0; i < 150; i++) {
     int ending = (int)roll(&d, kEndings);
     round_of(p, &d, ending);
     rounds[ending]++;
   }
-  host_copy_close(p);
+  copy_workers_close(p);
   printf("%d whole, %d of a cut file, %d with a refused copy, %d with a failed one, %d cancelled: done\n",
          rounds[WHOLE], rounds[CUT_FILE], rounds[REFUSED], rounds[FAILED], rounds[CANCELLED]);
 }

@@ -1,33 +1,32 @@
 // Copies between the caller's memory or files and pinned pieces, by a pool of threads that Python never waits for.
 //
-//   host_copy_open(workers, isa)          start a pool; NULL with errno set where threads can't be started
-//   host_copy_job_bytes()                 the memory of a job, which belongs to the caller
-//   host_copy_submit(pool, job, request)  queue a job and return at once: 0, or an errno
-//   host_copy_done(job, result)           0 while the job goes on; else fill in `result` and return 1
-//   host_copy_wait(pool, job)             block until the job is done
-//   host_copy_pending(pool)               how many jobs aren't done
-//   host_copy_close(pool)                 let queued jobs end, join the threads
-//   host_copy_isa(pool)                   which instructions move the bytes: "AVX-512", "AVX2" or "portable"
-//   host_copy_source()                    the digest of the sources that the library was built from
+//   copy_workers_open(workers, isa)          start a pool; NULL with errno set where threads can't be started
+//   copy_workers_job_bytes()                 the memory of a job, which belongs to the caller
+//   copy_workers_submit(pool, job, request)  queue a job and return at once: 0, or an errno
+//   copy_workers_done(job, result)           0 while the job goes on; else fill in `result` and return 1
+//   copy_workers_wait(pool, job)             block until the job is done
+//   copy_workers_pending(pool)               how many jobs aren't done
+//   copy_workers_close(pool)                 let queued jobs end, join the threads
+//   copy_workers_isa(pool)                   which instructions move the bytes: "AVX-512", "AVX2" or "portable"
 //
 // A job is cut into grains that the workers take one at a time, so that one job uses all of them. The memory of a job
 // and of its request belongs to the caller, who keeps it until the job is done. All functions may be called from any
 // thread, but for one job at a time from one only.
 //
 // Jobs that write the caller's memory or files (drains) queue apart from the others (fills), and workers take from
-// both. Of copies a worker takes a grain of each, where there are, and moves them by turns, block by block: the one
-// waits for what it reads from memory, the other for what it writes there. Reads and writes of files go alone, as do
-// `fresh` targets.
+// both. Where both queues begin with a copy, a worker takes a grain of each and moves the two by turns, block by block:
+// one waits for what it reads from memory, the other for what it writes there. Reads and writes of files go alone, as
+// do copies to `fresh` targets.
 //
-// Streaming stores (past the caches) are for targets that nobody reads soon, so they tell a drain. `fresh` targets have
-// never been written: the system maps and clears their pages while they are. Their grains are whole huge pages, so that
-// each is mapped by one worker; several at once would each clear a page and throw all but one away (measured with two:
-// 0.8 instead of 12 GB/s).
+// Streaming stores (past the caches) are for targets that nobody reads soon: a job that asks for them is a drain. A
+// `fresh` target has never been written: the system maps and clears its pages as they are written first. The grains of
+// such a job are whole huge pages, so that one worker maps each page. If several did, each would clear a page of its
+// own and all but one would be thrown away (docs/notes/staging.md).
 //
-// Called through ctypes (pipeline/io/native.py) and by the staging lanes (host_lanes.c).
+// Called through ctypes (pipeline/staging/native.py) and by the mover (mover.c).
 
 #define _GNU_SOURCE
-#include "host_copy.h"
+#include "copy_workers.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -39,20 +38,12 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-#include "host_move.h"
-
-#ifndef HOST_COPY_SOURCE
-#define HOST_COPY_SOURCE "unknown"
-#endif
-#ifndef HOST_COPY_PREAD  // the stress test puts calls that fail in their place
-#define HOST_COPY_PREAD pread
-#define HOST_COPY_PWRITE pwrite
-#endif
+#include "move_bytes.h"
 
 struct job {
-  host_copy_request request;
+  copy_request request;
   pool* owner;
-  struct job* after;      // in the queue
+  struct job* after;      // the next one in the queue
   int64_t grains, taken;  // `taken` is guarded by the pool's lock
   int64_t grain_length, grains_a_row, rows_a_grain;
   int64_t missing;  // elements by which the first grain of a row is shorter than the others
@@ -72,9 +63,9 @@ struct pool {
   pthread_cond_t work, finished;
   queue queues[2];      // of fills and of drains
   int turn;             // the queue that was asked first the last time
-  atomic_llong queued;  // grains nobody has taken: what idle workers look at
+  atomic_llong queued;  // grains that nobody has taken: what idle workers look at
   int sleeping;         // workers that wait for `work`
-  int waiting;          // threads in host_copy_wait
+  int waiting;          // threads in copy_workers_wait
   int pending;          // jobs that aren't done
   int closing;
   int workers;
@@ -83,11 +74,11 @@ struct pool {
 
 // --- grains ----------------------------------------------------------------------------------------------------------
 
-enum { kGrainBytes = 256 << 10 };                // copies: small enough to share a piece, large enough for the bus
-enum { kBlockBytes = 16 << 10 };                 // of a turn; 4 KiB and 64 KiB move less (bf16, H200 host)
-static const int64_t kFileGrainBytes = 1 << 20;  // of one system call
-static const int64_t kHugePageBytes = 2 << 20;   // of x86-64, and of ARM with pages of 4 KiB
-static const int64_t kSpinNs = 200000;           // as long as the bus takes for a piece: until the next job comes
+enum { kGrainBytes = 256 << 10 };                // a copy's grain: workers share a piece, and each moves enough at once
+enum { kBlockBytes = 16 << 10 };                 // what a turn moves (docs/notes/staging.md)
+static const int64_t kFileGrainBytes = 1 << 20;  // what one system call moves
+static const int64_t kHugePageBytes = 2 << 20;   // on x86-64, and on ARM with pages of 4 KiB
+static const int64_t kSpinNs = 200000;           // the bus takes about as long for a piece; then the next job comes
 
 static int64_t source_itemsize(int cast) {
   if (cast == FP32_TO_BF16 || cast == FP32_TO_FP16) return 4;
@@ -102,7 +93,7 @@ static int64_t target_itemsize(int cast) {
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static void cut_into_grains(job* j) {
-  host_copy_request* r = &j->request;
+  copy_request* r = &j->request;
   int64_t source_bytes = r->length * source_itemsize(r->cast), target_bytes = r->length * target_itemsize(r->cast);
   if (r->rows > 1 && r->source_stride == source_bytes && r->target_stride == target_bytes) {
     r->length *= r->rows;  // contiguous at both ends: one long row
@@ -154,12 +145,12 @@ static void fail(job* j, int error, int64_t position) {
   if (atomic_compare_exchange_strong(&j->error, &none, error)) j->position = position;
 }
 
-// All of `bytes` from or to the file at `position`; 0 where that failed.
+// Moves all of `bytes` from or to the file at `position`; 0 where that failed.
 static int move_file_bytes(job* j, char* memory, int64_t bytes, int64_t position) {
-  const host_copy_request* r = &j->request;
+  const copy_request* r = &j->request;
   while (bytes > 0) {
-    ssize_t moved = r->kind == READ_FILE ? HOST_COPY_PREAD(r->fd, memory, (size_t)bytes, position)
-                                         : HOST_COPY_PWRITE(r->fd, memory, (size_t)bytes, position);
+    ssize_t moved = r->kind == READ_FILE ? pread(r->fd, memory, (size_t)bytes, position)
+                                         : pwrite(r->fd, memory, (size_t)bytes, position);
     if (moved < 0 && errno == EINTR) continue;
     if (moved <= 0) {
       fail(j, moved < 0 ? errno : -1, position);
@@ -172,11 +163,11 @@ static int move_file_bytes(job* j, char* memory, int64_t bytes, int64_t position
   return 1;
 }
 
-// Lets the system start to write what has reached the page cache, which by itself it does when a tenth of the memory is
-// waiting or a sync asks for it: so the disk is at work from the beginning. Only a hint: what goes wrong with the data,
-// a sync reports. It blocks while the disk has enough to do; the job is over before, so that nobody waits for that but
-// the worker. The file may be closed by then.
-static void start_writing(const host_copy_request* r) {
+// Lets the system start to write what has reached the page cache, so that the disk is at work from the beginning. By
+// itself the system starts when a tenth of the memory waits to be written, or when a sync asks for it. This is only a
+// hint: a later sync reports what goes wrong with the data. The call blocks while the disk has enough to do, so the job
+// ends before it, and only the worker waits. The file may be closed by then.
+static void start_writing(const copy_request* r) {
 #ifdef __linux__
   if (r->kind == WRITE_FILE) {
     (void)sync_file_range(r->fd, r->offset, r->length * target_itemsize(r->cast), SYNC_FILE_RANGE_WRITE);
@@ -186,9 +177,9 @@ static void start_writing(const host_copy_request* r) {
 #endif
 }
 
-// `length` elements from the `first` on; a cast goes through `scratch`, which stays in the worker's own cache.
+// Moves `length` elements, from the `first` on. A cast goes through `scratch`, which stays in the worker's own cache.
 static void move_file_grain(job* j, int64_t first, int64_t length, char* scratch) {
-  const host_copy_request* r = &j->request;
+  const copy_request* r = &j->request;
   int64_t source_size = source_itemsize(r->cast), target_size = target_itemsize(r->cast);
   if (r->kind == READ_FILE) {
     char* target = (char*)r->target + first * target_size;
@@ -202,16 +193,16 @@ static void move_file_grain(job* j, int64_t first, int64_t length, char* scratch
   }
 }
 
-// What a worker has taken, and how far it is.
+// What a worker has taken of a job, and how far it has come.
 typedef struct {
   job* of;
-  int64_t row, end;       // rows that aren't moved yet
-  int64_t first, length;  // the elements of each of them
-  int64_t at;             // how many of row `row` are moved
+  int64_t row, end;       // the rows that aren't moved yet
+  int64_t first, length;  // the elements to move of each of these rows
+  int64_t at;             // how many elements of row `row` have been moved
 } grain;
 
 static grain grain_of(job* j, int64_t number) {
-  const host_copy_request* r = &j->request;
+  const copy_request* r = &j->request;
   if (j->grains_a_row > 1) {
     int64_t begin = number % j->grains_a_row * j->grain_length - j->missing, end = begin + j->grain_length;
     int64_t row = number / j->grains_a_row, first = larger(begin, 0);
@@ -221,17 +212,17 @@ static grain grain_of(job* j, int64_t number) {
   return (grain){j, row, end < r->rows ? end : r->rows, 0, r->length, 0};
 }
 
-// As many of `length` elements as end on the boundary of a cache line, all of them where none do.
+// At most `length` elements, fewer by what reaches beyond the last boundary of a cache line; all where there is none.
 static int64_t up_to_a_line(const char* target, int64_t itemsize, int64_t length) {
   int64_t over = (int64_t)((uintptr_t)(target + length * itemsize) % kLineBytes) / itemsize;
   return over < length ? length - over : length;
 }
 
-// Copies the next block; 0 where there is none.
+// Copies the grain's next block: at most kBlockBytes, of one row or several. 0 where nothing was left to copy.
 static int move_block(grain* g) {
   if (g->row == g->end) return 0;
   job* j = g->of;
-  const host_copy_request* r = &j->request;
+  const copy_request* r = &j->request;
   int64_t source_size = source_itemsize(r->cast), target_size = target_itemsize(r->cast);
   for (int64_t room = kBlockBytes / larger(source_size, target_size); room && g->row < g->end;) {
     int64_t first = g->first + g->at, length = g->length - g->at;
@@ -256,14 +247,14 @@ static void run_grain(grain* g, char* scratch) {
   }
 }
 
-// Both are of copies.
+// Moves two grains of copies, a block of the one and a block of the other by turns, until both are at their ends.
 static void run_by_turns(grain* a, grain* b) {
   while (move_block(a) | move_block(b)) continue;
 }
 
 // --- the pool --------------------------------------------------------------------------------------------------------
 
-// The next grain of the queue's oldest job. Called with the lock held.
+// Takes the next grain of the queue's oldest job. Called with the lock held.
 static grain take_from(pool* p, queue* q) {
   job* j = q->first;
   if (!j->taken) j->start_ns = now_ns();
@@ -276,10 +267,11 @@ static grain take_from(pool* p, queue* q) {
   return g;
 }
 
-// NOTE: not where the system clears pages for the target, as far as the caller said so: the other grain would wait.
+// Whether a job's grains may be moved by turns with another's. Copies to fresh memory may not: while the system clears
+// a page for them, the other grain would wait.
 static int goes_by_turns(const job* j) { return j && j->request.kind == COPY && !j->request.fresh; }
 
-// One grain, or two to move by turns; how many. Called with the lock held.
+// Takes one grain, or two to move by turns, and returns how many. Called with the lock held.
 static int take_grains(pool* p, grain* taken) {
   queue *fills = &p->queues[0], *drains = &p->queues[1];
   if (goes_by_turns(fills->first) && goes_by_turns(drains->first)) {
@@ -307,12 +299,12 @@ static void end_job(job* j) {
 static void end_grain(job* j) {
   fence_streaming();
   if (atomic_fetch_sub(&j->left, 1) > 1) return;
-  host_copy_request request = j->request;
+  copy_request request = j->request;
   end_job(j);
   start_writing(&request);
 }
 
-// Waits actively, for a while, until there are grains.
+// Spins until there are grains, for kSpinNs at most.
 static void spin(pool* p) {
   int64_t until = 0;
   for (int i = 0; !atomic_load_explicit(&p->queued, memory_order_relaxed); i++) {
@@ -325,10 +317,10 @@ static void spin(pool* p) {
   }
 }
 
-// Sleeps until a signal, or a second. Called with the lock held.
+// Sleeps until a signal, for a second at most. Called with the lock held.
 //
-// NOTE: glibc from 2.27 on can lose one of several signals (its bug 25847; not seen here). Who sleeps looks for itself
-// now and then, so that a run would stand still for a second and not for good.
+// NOTE: glibc from 2.27 on can lose one of several signals (its bug 25847; not seen here). A worker that sleeps looks
+// for work once a second, so that a run would stand still for a second and not for good.
 static void sleep_until_work(pool* p) {
   struct timespec until;
   clock_gettime(CLOCK_MONOTONIC, &until);
@@ -338,8 +330,10 @@ static void sleep_until_work(pool* p) {
   p->sleeping--;
 }
 
-// NOTE: waking a thread takes microseconds of the one that wakes it. So each wakes one at most, after it has left the
-// lock: whoever submits wakes one worker, and a worker that leaves grains behind wakes the next.
+// A worker: takes grains and moves them until the pool is closed.
+//
+// NOTE: waking a thread costs the thread that does it microseconds. So each wakes one worker at most, after it has left
+// the lock: whoever submits a job wakes the first, and a worker that leaves grains behind wakes the next.
 static void* work(void* argument) {
   char scratch[kGrainBytes];
   pool* p = argument;
@@ -362,7 +356,7 @@ static void* work(void* argument) {
   }
 }
 
-void host_copy_close(pool* p) {
+void copy_workers_close(pool* p) {
   pthread_mutex_lock(&p->lock);
   p->closing = 1;
   pthread_cond_broadcast(&p->work);
@@ -374,7 +368,7 @@ void host_copy_close(pool* p) {
   free(p);
 }
 
-pool* host_copy_open(int workers, int isa) {
+pool* copy_workers_open(int workers, int isa) {
   if (workers < 1) {
     errno = EINVAL;
     return NULL;
@@ -385,7 +379,7 @@ pool* host_copy_open(int workers, int isa) {
   pthread_mutexattr_t kind;
   pthread_mutexattr_init(&kind);
 #ifdef __GLIBC__
-  pthread_mutexattr_settype(&kind, PTHREAD_MUTEX_ADAPTIVE_NP);  // spins a little: the lock is never held for long
+  pthread_mutexattr_settype(&kind, PTHREAD_MUTEX_ADAPTIVE_NP);  // spins a little, since the lock is never held for long
 #endif
   pthread_mutex_init(&p->lock, &kind);
   pthread_mutexattr_destroy(&kind);
@@ -407,20 +401,20 @@ pool* host_copy_open(int workers, int isa) {
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
   if (error) {
-    host_copy_close(p);
+    copy_workers_close(p);
     errno = error;
     return NULL;
   }
   return p;
 }
 
-int host_copy_submit(pool* p, job* j, const host_copy_request* request) {
+int copy_workers_submit(pool* p, job* j, const copy_request* request) {
   if (request->kind < 0 || request->kind >= kNumKinds || request->cast < 0 || request->cast >= kNumCasts) {
     return EINVAL;
   }
   *j = (job){.request = *request, .owner = p};
   cut_into_grains(j);
-  if (request->kind != COPY && j->request.rows > 1) return EINVAL;  // something lies between them
+  if (request->kind != COPY && j->request.rows > 1) return EINVAL;  // there are gaps between rows
   atomic_init(&j->left, j->grains);
   if (!j->grains) {
     j->start_ns = j->end_ns = now_ns();
@@ -443,22 +437,22 @@ int host_copy_submit(pool* p, job* j, const host_copy_request* request) {
   return 0;
 }
 
-size_t host_copy_job_bytes(void) { return sizeof(job); }
+size_t copy_workers_job_bytes(void) { return sizeof(job); }
 
-int host_copy_done(job* j, host_copy_result* result) {
+int copy_workers_done(job* j, copy_result* result) {
   if (!atomic_load(&j->done)) return 0;
-  *result = (host_copy_result){j->start_ns, j->end_ns, j->position, atomic_load(&j->error)};
+  *result = (copy_result){j->start_ns, j->end_ns, j->position, atomic_load(&j->error)};
   return 1;
 }
 
-int host_copy_pending(pool* p) {
+int copy_workers_pending(pool* p) {
   pthread_mutex_lock(&p->lock);
   int pending = p->pending;
   pthread_mutex_unlock(&p->lock);
   return pending;
 }
 
-void host_copy_wait(pool* p, job* j) {
+void copy_workers_wait(pool* p, job* j) {
   pthread_mutex_lock(&p->lock);
   p->waiting++;
   while (!atomic_load(&j->done)) pthread_cond_wait(&p->finished, &p->lock);
@@ -466,6 +460,4 @@ void host_copy_wait(pool* p, job* j) {
   pthread_mutex_unlock(&p->lock);
 }
 
-const char* host_copy_isa(const pool* p) { return p->isa->name; }
-
-const char* host_copy_source(void) { return HOST_COPY_SOURCE; }
+const char* copy_workers_isa(const pool* p) { return p->isa->name; }

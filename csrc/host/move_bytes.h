@@ -15,7 +15,7 @@
 #endif
 
 enum { kBestIsa, kAtMostAvx2, kPortable };
-enum { kLineBytes = 64 };  // of the caches
+enum { kLineBytes = 64 };  // a cache line
 
 typedef struct {
   const char* name;
@@ -26,8 +26,8 @@ typedef struct {
   void (*from_fp16)(char*, const char*, int64_t elements, int streaming);
 } instructions;
 
-// What was stored before reaches other threads before what is stored after. For stores that don't stream, whatever
-// tells other threads of them sees to that.
+// Orders streaming stores: what was stored before it reaches other threads before what is stored after it. Stores that
+// don't stream are ordered by whatever tells other threads of them.
 static inline void fence_streaming(void) {
 #if defined(__x86_64__)
   _mm_sfence();
@@ -121,8 +121,8 @@ static const instructions kPortableCode = {"portable", copy, to_bf16, to_fp16, f
 
 // Bytes, a multiple of `unit`, until `target` lies on the boundary of a cache line; all of them if it never does.
 //
-// Streaming stores are for whole lines: where others go to the same line, the processor writes it to memory in parts.
-// (AVX2 on an AMD EPYC, rows of 256 bytes on no boundary: 1 instead of 10 GB/s.)
+// NOTE: streaming stores are for whole lines. Where other stores go to the same line, the processor writes it to memory
+// in parts, which is several times slower (docs/notes/staging.md).
 static int64_t head_of(const char* target, int64_t unit, int64_t bytes) {
   int64_t head = -(int64_t)(uintptr_t)target & (kLineBytes - 1);
   return head % unit || head > bytes ? bytes : head;
@@ -144,8 +144,8 @@ AVX512 static void copy_avx512(char* target, const char* source, int64_t bytes, 
   memcpy(target + i, source + i, (size_t)(bytes - i));
 }
 
-// Bytes by which the casts of what has to come from memory ask for it ahead: a page, since the processor's own
-// prefetching stops at its end. (bf16 on the wire, H200 host: 57 to 60 GB/s instead of 52; 1 KiB ahead 55.)
+// How many bytes ahead the casts ask for what has to come from memory: a page, since the processor's own prefetching
+// stops at the end of one (docs/notes/staging.md).
 enum { kAhead = 4096 };
 
 // The rounded upper halves of 16 fp32 as the upper halves of 16 words.
@@ -230,7 +230,7 @@ AVX2 static void copy_avx2(char* target, const char* source, int64_t bytes, int 
   memcpy(target + i, source + i, (size_t)(bytes - i));
 }
 
-// As rounded_avx512, in the lower halves.
+// The rounded upper halves of 8 fp32 as the lower halves of 8 words.
 AVX2 static __m256i rounded_avx2(const char* source) {
   __m256i x = _mm256_loadu_si256((const void*)source);
   __m256i odd = _mm256_and_si256(_mm256_srli_epi32(x, 16), _mm256_set1_epi32(1));

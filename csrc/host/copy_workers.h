@@ -1,4 +1,4 @@
-// The copy workers' interface: see host_copy.c. pipeline/io/native.py has the twins of both structures.
+// The interface of the copy workers: see copy_workers.c. pipeline/staging/host_library.py has the structures' twins.
 
 #pragma once
 
@@ -15,8 +15,8 @@ enum { COPY, READ_FILE, WRITE_FILE, kNumKinds };
 enum { NO_CAST, FP32_TO_BF16, FP32_TO_FP16, BF16_TO_FP32, FP16_TO_FP32, kNumCasts };
 
 // `rows` rows of `length` elements (with a cast) or bytes (without), `*_stride` bytes from one row to the next.
-// READ_FILE takes a file for the source, WRITE_FILE for the target, both from byte `offset` on; there, nothing lies
-// between rows at either end.
+// READ_FILE takes a file for the source, WRITE_FILE for the target, both from byte `offset` on. With a file, each row
+// follows the one before at both ends.
 typedef struct {
   int32_t kind, cast, streaming, fresh, fd;
   void* target;
@@ -24,27 +24,26 @@ typedef struct {
   int64_t target_stride, source_stride;
   int64_t rows, length;
   int64_t offset;
-} host_copy_request;
+} copy_request;
 
 // Times are CLOCK_MONOTONIC. `error` is an errno, or -1 for a file that ended before its last byte at `position`.
 typedef struct {
   int64_t start_ns, end_ns;
   int64_t position;
   int32_t error;
-} host_copy_result;
+} copy_result;
 
 typedef struct pool pool;
 typedef struct job job;
 
-pool* host_copy_open(int workers, int isa);
-size_t host_copy_job_bytes(void);
-int host_copy_submit(pool* p, job* j, const host_copy_request* request);
-int host_copy_done(job* j, host_copy_result* result);
-void host_copy_wait(pool* p, job* j);
-int host_copy_pending(pool* p);
-void host_copy_close(pool* p);
-const char* host_copy_isa(const pool* p);
-const char* host_copy_source(void);
+pool* copy_workers_open(int workers, int isa);
+size_t copy_workers_job_bytes(void);
+int copy_workers_submit(pool* p, job* j, const copy_request* request);
+int copy_workers_done(job* j, copy_result* result);
+void copy_workers_wait(pool* p, job* j);
+int copy_workers_pending(pool* p);
+void copy_workers_close(pool* p);
+const char* copy_workers_isa(const pool* p);
 
 static inline int64_t now_ns(void) {
   struct timespec t;
@@ -52,7 +51,7 @@ static inline int64_t now_ns(void) {
   return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-// In a loop that waits actively.
+// Called in each turn of a loop that spins.
 static inline void relax(void) {
 #if defined(__x86_64__)
   _mm_pause();

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-NATIVE = Path(__file__).resolve().parent / "native"
+NATIVE = Path(__file__).resolve().parents[1] / "native"
 
 
 @pytest.mark.timeout(400)  # threads that spin, checked access by access, beside other tests: on 2 cores minutes
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-@pytest.mark.parametrize("program", ["host_copy_stress", "host_lanes_stress"])
+@pytest.mark.parametrize("program", ["copy_workers_stress", "mover_stress"])
 def test_native_code_is_clean_under(program: str, sanitizers: str, tmp_path: Path) -> None:
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
