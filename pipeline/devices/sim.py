@@ -195,13 +195,17 @@ class SimDevice(Device):
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
         layer, scratch = self._layer, self._scratch[slot]
-        x, y = self._inputs[slot][:rows], self._outputs[slot][:rows]
+        x = source or host_rows(self._inputs[slot][:rows])
+        y = target or host_rows(self._outputs[slot][:rows])
+        written = self._outputs[slot][:rows]
+        if target is not None:
+            written = target.tensor(layer.out_features, self._out_dtype).numpy()
 
         def work() -> None:
-            self._on_host.queue(host_rows(x), host_rows(y), dataset_row, 0, scratch)
+            self._on_host.queue(x, y, dataset_row, 0, scratch)
 
         seconds = 2 * rows * layer.in_features * layer.out_features / self.hardware.flop_rate
-        return self._queue("kernel", slot, seconds, y, work)
+        return self._queue("kernel", slot, seconds, written, work)
 
     def download(self, slot: int, first: int, rows: HostArray) -> Operation:
         source = self._outputs[slot][first : first + len(rows)]

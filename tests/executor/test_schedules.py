@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 from device_tests import (
     assert_same_bits,
@@ -17,11 +15,11 @@ from helpers.schedules import GROUNDS, Case, CheckingSink, Ground, Schedule, Wat
 from pipeline.arrays import HostArray
 from pipeline.dtypes import FLOAT32
 from pipeline.flow import (
+    HOST,
     Chunk,
     DeviceRows,
-    Operation,
+    RangeFeed,
 )
-from pipeline.io.memory import RangeFeed
 
 SCHEDULES, BATCHES = 2_000, 8
 DRIVER_SCHEDULES = 60
@@ -55,31 +53,8 @@ def test_executor_schedules_are_right_with_a_driver(name: str, monkeypatch: pyte
             schedule.close()
 
 
-class DeviceMemorySim(WatchedSim):
-    """Takes host arrays for rows in its own memory: what the executor does with a CUDA tensor, without a GPU."""
-
-    def compute(
-        self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
-    ) -> Operation:
-        layer, inputs, outputs = self._layer, self._inputs[slot], self._outputs[slot]
-        if source is not None:
-            self._inputs[slot] = device_array(source, layer.in_features)
-        if target is not None:
-            self._outputs[slot] = device_array(target, layer.out_features)
-        try:
-            return super().compute(slot, rows, dataset_row, None, None)
-        finally:
-            self._inputs[slot], self._outputs[slot] = inputs, outputs
-
-
-def device_array(rows: DeviceRows, features: int) -> HostArray:
-    memory = (ctypes.c_float * ((rows.rows - 1) * rows.stride + features)).from_address(rows.address)
-    strides = (4 * rows.stride, 4)
-    return np.lib.stride_tricks.as_strided(np.frombuffer(memory, np.float32), (rows.rows, features), strides)
-
-
 def device_rows(array: HostArray) -> DeviceRows:
-    return DeviceRows(0, array.ctypes.data, array.strides[0] // 4, len(array), array)
+    return DeviceRows(HOST, array.ctypes.data, array.strides[0] // 4, len(array), array)
 
 
 class DeviceSink(CheckingSink):
@@ -94,7 +69,7 @@ def test_executor_uses_rows_in_device_memory_without_copies(side: str, monkeypat
     for seed in range(100):
         case = Case(seed, source="pageable", sink="pageable")
         case.wire = FLOAT32
-        schedule = Schedule(case, monkeypatch, Ground(lambda case: DeviceMemorySim(case.hardware, seed=case.seed)))
+        schedule = Schedule(case, monkeypatch, Ground(lambda case: WatchedSim(case.hardware, seed=case.seed)))
         if side != "target":
             x = poisoned((case.rows, case.layer.in_features + 3))[:, 1:-2]
             x[...] = schedule.x

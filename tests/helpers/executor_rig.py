@@ -33,7 +33,7 @@ from pipeline.flow import (
     TargetRows,
 )
 from pipeline.instrument import Recorder
-from pipeline.io.sources import ArraySource
+from pipeline.io.memory import ArraySource
 from pipeline.staging.movers import Movers, Wire
 
 NO_GATHER = Gather(lambda n: np.empty(n, np.uint8), 0, lambda job: job())

@@ -42,9 +42,8 @@ from pipeline.flow import (
     Workers,
 )
 from pipeline.instrument import Recorder
-from pipeline.io.memory import ArrayRows
-from pipeline.io.sinks import ArraySink
-from pipeline.io.sources import ArraySource
+from pipeline.io.memory import ArrayRows, ArraySink, ArraySource
+from pipeline.io.registry import SourceRequest
 from pipeline.staging.movers import Movers, Wire
 from pipeline.staging.native import NativeWorkers
 
@@ -259,7 +258,7 @@ class Schedule:
     def batch_feed(self, sizes: list[int]) -> Feed:
         from pipeline.io.batches import BatchSource
 
-        source = BatchSource(batches_of(self.x, sizes), self.case.layer, None)
+        source = BatchSource(batches_of(self.x, sizes), SourceRequest(self.case.layer.in_features, FLOAT32))
         return source.feed(self.case.chunk_rows, self.gather(), self.case.wire)
 
     def gather(self) -> Gather:

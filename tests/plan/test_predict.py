@@ -14,6 +14,7 @@ from device_tests import random_layer
 from pipeline import Pipeline
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32
 from pipeline.errors import OptionError
+from pipeline.io.registry import SourceRequest
 from pipeline.io.sources import open_source
 from pipeline.options import RunOptions
 from pipeline.plan.machine import Machine
@@ -91,7 +92,9 @@ def test_plan_of_a_short_job_counts_filling_and_emptying_the_lanes() -> None:
 def test_plan_has_the_chunks_of_a_run(rows: int, gpus: int, hosts: int) -> None:
     found = predict(replace(WORK, rows=rows, gpus=gpus, hosts=hosts), H200)
     with Pipeline(random_layer(4096, 4096), devices="sim") as pipe:
-        source = open_source(np.broadcast_to(np.float32(0), (rows // hosts, 4096)), pipe.layer)
+        source = open_source(
+            np.broadcast_to(np.float32(0), (rows // hosts, 4096)), SourceRequest(4096, pipe.layer.dtype)
+        )
         assert found.chunk_rows == pipe.fleet.rows_per_chunk(source.rows, gpus // hosts)
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +20,10 @@ from pipeline.config import MIB, Staging
 from pipeline.devices.base import Device
 from pipeline.devices.cpu import CpuDevice
 from pipeline.devices.sim import SimDevice
-from pipeline.dtypes import FLOAT32
+from pipeline.dtypes import FLOAT32, DType
 from pipeline.errors import DeviceMemoryError, OptionError
 from pipeline.flow import DeviceRows, Drain, Job, Operation, Workers
+from pipeline.layer.base import DeviceLayer, Layer, Place
 from pipeline.plan.simulate import StageRates, _PlanDevice, _PlanWorkers
 from pipeline.tuning import tune
 from pipeline.tuning.measure import Copies
@@ -218,17 +218,22 @@ class Bus(CpuDevice):
 
     def for_copies(self, row_bytes: int, chunk_rows: int, num_streams: int) -> Device:
         Bus.probes += 1
-        probe = _CopiesOnly()
-        probe._layer, probe._out_dtype = SimpleNamespace(in_features=8192, out_features=8192, dtype=FLOAT32), FLOAT32  # type: ignore[assignment]
+        probe = Bus()
+        probe.prepare(_Nothing(8192, 8192, "float32"), FLOAT32, chunk_rows)
         probe.allocate(chunk_rows, num_streams)
         return probe
 
 
-class _CopiesOnly(Bus):
-    def compute(
-        self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
-    ) -> Operation:
-        return self._queue("kernel", slot, lambda: None)
+class _Nothing(Layer):
+    def on(self, place: Place, out_dtype: DType, chunk_rows: int) -> DeviceLayer:
+        return _NothingThere()
+
+
+class _NothingThere(DeviceLayer):
+    kernel, runs_as = "nothing", "fp32"
+
+    def queue(self, x: DeviceRows, y: DeviceRows, first_row: int, stream: int, scratch: int) -> None:
+        pass
 
 
 def test_measurement_on_real_memory_and_workers() -> None:
