@@ -39,8 +39,9 @@ class _Flight:
 
     chunk: Chunk
     slot: int
-    source: SourceRows | DeviceRows
-    target: TargetRows | DeviceRows
+    source: DeviceRows | None  # where the kernel reads rows that needn't be loaded
+    target: DeviceRows | None  # where it writes rows that needn't be stored
+    store_to: TargetRows | None
     load: Transfer | None = None  # until it is seen to be done
     kernel: Operation | None = None
     store: Transfer | None = None
@@ -51,7 +52,7 @@ class _Flight:
     has_failed: bool = False
 
 
-Rows = TypeVar("Rows", SourceRows | DeviceRows, TargetRows | DeviceRows)
+Rows = TypeVar("Rows", SourceRows, TargetRows)
 
 
 class Executor:
@@ -134,29 +135,31 @@ class Executor:
             self._fail(error, f"the source after {self._admitted} chunks", None)
             return True
         self._admitted += 1
-        source = chunk.source
-        if chunk.release is None:  # memory that stays as it is until the kernel has read it
-            source = self._own_rows(source)
-        flight = _Flight(chunk, self._free_slots.popleft(), source, self._own_rows(target))
+        stays = chunk.release is None  # the source's memory, until the kernel has read it
+        load_from, own_source = self._split(chunk.source, may_own=stays)
+        store_to, own_target = self._split(target, may_own=True)
+        flight = _Flight(chunk, self._free_slots.popleft(), own_source, own_target, store_to)
         self._flights.append(flight)
         self._before_kernel.append(flight)
         if chunk.filled is not None:
             n_bytes = chunk.rows * self._movers.wire.in_row_bytes
             self._recorder.add("fill", chunk.index, *chunk.filled, n_bytes)
-        if not isinstance(flight.source, DeviceRows):
-            load_by = self._movers.for_load(flight.source)
-            flight.load = load_by.load(flight.source, chunk.rows, flight.slot, chunk.index)
+        if load_from is not None:
+            load_by = self._movers.for_load(load_from)
+            flight.load = load_by.load(load_from, chunk.rows, flight.slot, chunk.index)
             self._loads.append(flight)
             flight.pending += 1
-        if not isinstance(flight.target, DeviceRows):
-            flight.store_by = self._movers.for_store(flight.target)
+        if store_to is not None:
+            flight.store_by = self._movers.for_store(store_to)
         return True
 
-    def _own_rows(self, rows: Rows) -> Rows | DeviceRows:
-        """Host rows as the device's own, where it computes from and to the caller's memory."""
-        if isinstance(rows, DeviceRows) or rows.array is None:
-            return rows
-        return self._device.own_rows(rows.array) or rows
+    def _split(self, rows: Rows | DeviceRows, *, may_own: bool) -> tuple[Rows | None, DeviceRows | None]:
+        """Rows that a mover has to carry, or else those that the kernel uses where they are: rows in the device's
+        memory, and in the caller's where the device computes from and to it."""
+        if isinstance(rows, DeviceRows):
+            return None, rows
+        own = self._device.own_rows(rows.array) if may_own and rows.array is not None else None
+        return (rows, None) if own is None else (None, own)
 
     def _finish_loads(self) -> bool:
         moved = False
@@ -192,18 +195,16 @@ class Executor:
     def _compute(self, flight: _Flight) -> None:
         """Queue the kernel. The slot's order puts it after the chunk's load and before its store."""
         chunk, slot = flight.chunk, flight.slot
-        source = flight.source if isinstance(flight.source, DeviceRows) else None
-        target = flight.target if isinstance(flight.target, DeviceRows) else None
         try:
             with self._ranges("kernel", chunk.index):
-                flight.kernel = self._device.compute(slot, chunk.rows, chunk.row, source, target)
+                flight.kernel = self._device.compute(slot, chunk.rows, chunk.row, flight.source, flight.target)
         except Exception as error:
             _noted(error, "kernel", chunk)
             raise
         self._kernels.append(flight)
         flight.pending += 1
-        if flight.store_by is not None and not isinstance(flight.target, DeviceRows):
-            flight.store = flight.store_by.store(flight.target, chunk.rows, slot, chunk.index)
+        if flight.store_by is not None and flight.store_to is not None:
+            flight.store = flight.store_by.store(flight.store_to, chunk.rows, slot, chunk.index)
             self._stores.append(flight)
             flight.pending += 1
 

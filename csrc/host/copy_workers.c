@@ -61,7 +61,7 @@ struct pool {
   const instructions* isa;
   pthread_mutex_t lock;
   pthread_cond_t work, finished;
-  queue queues[2];      // of fills and of drains
+  queue queues[2];      // fills, and drains
   int turn;             // the queue that was asked first the last time
   atomic_llong queued;  // grains that nobody has taken: what idle workers look at
   int sleeping;         // workers that wait for `work`

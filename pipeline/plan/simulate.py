@@ -91,8 +91,8 @@ class _PlanDevice(SimDevice):
     def __init__(self, rates: StageRates) -> None:
         super().__init__(Hardware(latency_s=0.0))
         self._rates = rates
-        self._free_at_s: dict[int, float] = {}  # of each slot
-        self._latest_slot: dict[str, int] = {}  # of each engine
+        self._free_at_s: dict[int, float] = {}  # by slot
+        self._latest_slot: dict[str, int] = {}  # by engine
 
     def pinned(self, n_bytes: int) -> HostArray:
         return cast(HostArray, _NoMemory(n_bytes))

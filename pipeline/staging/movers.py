@@ -24,8 +24,8 @@ class Wire:
 
     in_features: int
     out_features: int
-    dtype: DType  # of rows to the device
-    out_dtype: DType  # of rows from the device
+    dtype: DType  # what rows to the device are made of
+    out_dtype: DType  # what rows from the device are made of
 
     @property
     def in_row_bytes(self) -> int:
@@ -129,5 +129,7 @@ class Movers:
 
     def close(self) -> None:
         """End the threads that move pieces. Before workers and device are closed; between runs only."""
+        if self.in_use:
+            self.cancel()
         for mover in self._movers:
             mover.close()

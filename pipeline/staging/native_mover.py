@@ -165,7 +165,7 @@ def open_native_mover(device: Device, workers: Workers, rings: Rings, ranges: Ra
     if not isinstance(workers, NativeWorkers):
         return None
     copies = device.native_copies()
-    if copies is None or (ranges.active and not shows_in_profiles(workers)):
+    if copies is None or (not shows_in_profiles(workers) and ranges.active):
         return None
     return NativeMover(workers, copies, rings)
 

@@ -72,7 +72,7 @@ class _Direction(ABC):
     copy that uses it last says that it is done.
     """
 
-    stages: tuple[str, str]  # of a piece's first copy and of its second
+    stages: tuple[str, str]  # what a piece's first copy is called, and its second
 
     def __init__(self, device: Device, workers: Workers, ring: Ring) -> None:
         self._device, self._workers, self._ring = device, workers, ring

@@ -34,7 +34,7 @@ _CHUNK_BYTES = _CHUNK_ROWS * _ROW_BYTES
 _SOURCE_CHUNKS = 4  # 128 MiB of scratch: more than most caches hold, where no memory of the caller's can be read
 _TARGET_CHUNKS = 1  # stores that bypass the caches find nothing there however small it is
 RING_BYTES = 2 * _CHUNK_BYTES  # the most that a ring may hold in one direction
-_FEWEST_CHUNKS = 2 * DEFAULT_STREAMS  # of a trial on a slow machine, so that all slots have been used
+_FEWEST_CHUNKS = 2 * DEFAULT_STREAMS  # a trial on a slow machine takes as many, so that all slots have been used
 _WIRE = Wire(_FEATURES, _FEATURES, FLOAT32, FLOAT32)
 
 
@@ -79,7 +79,7 @@ class _ScratchSink(Sink):
         pass
 
 
-_NO_ROWS = DeviceRows(0, 0, _FEATURES, _CHUNK_ROWS, None)  # of a device; its kernels do nothing, so nobody looks there
+_NO_ROWS = DeviceRows(0, 0, _FEATURES, _CHUNK_ROWS, None)  # the device's kernels do nothing, so nobody looks there
 
 
 class _Place:

@@ -20,7 +20,7 @@ typedef struct {
   transfer_request r;
   char *host, *device, *expected;
   int fd;
-  int64_t kernel_ended_ns;  // of the event that it waits for
+  int64_t kernel_ended_ns;  // when the event that it waits for was over
 } moved;
 
 static size_t host_bytes(const moved* m) { return (size_t)(m->r.host.rows * kElements * 4); }
