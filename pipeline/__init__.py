@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipeline.api import Pipeline, Result, run_pipelined
     from pipeline.dtypes import DType, parse_dtype, register_dtype
     from pipeline.epilogues import ByFeature, Epilogue, SigmoidScaleResidual
-    from pipeline.flow import Chunk, Feed, Sink, Source, SourceRows, Span, TargetRows
+    from pipeline.flow import Chunk, Feed, Sink, Source, Span
     from pipeline.io.formats.raw import RawFile
     from pipeline.io.registry import SinkRequest, SourceRequest, register_sink, register_source
     from pipeline.layer.base import DeviceLayer, Layer
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pipeline.options import Progress
     from pipeline.pinned import Pinned, pin
     from pipeline.report.stats import Stats
+    from pipeline.rows import SourceRows, TargetRows
     from pipeline.torch_op import GemmSigmoidScalingResidualAdd, fused_gemm_sigmoid_scale_add
 
 __version__ = "0.1.0"
@@ -114,10 +115,10 @@ _HOMES = {
     "SinkRequest": "pipeline.io.registry",
     "Source": "pipeline.flow",
     "SourceRequest": "pipeline.io.registry",
-    "SourceRows": "pipeline.flow",
+    "SourceRows": "pipeline.rows",
     "Span": "pipeline.flow",
     "Stats": "pipeline.report.stats",
-    "TargetRows": "pipeline.flow",
+    "TargetRows": "pipeline.rows",
     "fused_gemm_sigmoid_scale_add": "pipeline.torch_op",
     "parse_dtype": "pipeline.dtypes",
     "pin": "pipeline.pinned",

@@ -25,8 +25,9 @@ from typing import TypeVar
 
 from pipeline.devices.base import Device
 from pipeline.errors import DeviceError, uninterrupted
-from pipeline.flow import Chunk, DeviceRows, Feed, Operation, Sink, SourceRows, TargetRows
+from pipeline.flow import Chunk, Feed, Sink
 from pipeline.instrument import Ranges, Recorder
+from pipeline.rows import DeviceRows, Operation, SourceRows, TargetRows
 from pipeline.staging.mover import Mover, Transfer
 from pipeline.staging.movers import Movers
 

@@ -13,11 +13,12 @@ from pipeline.devices.base import Device
 from pipeline.devices.names import find_devices, open_device
 from pipeline.dtypes import FLOAT64, Cast, DType
 from pipeline.errors import DTypeError, OptionError
-from pipeline.flow import Fill, Sink, Source, Workers
+from pipeline.flow import Sink, Source
 from pipeline.instrument import Ceilings
 from pipeline.io.memory import ArrayRows
 from pipeline.layer.base import Layer
 from pipeline.options import RunOptions
+from pipeline.rows import Fill, Workers
 from pipeline.staging.native import open_workers
 from pipeline.station import Assignment, Station
 from pipeline.tuning.tune import Tuning

@@ -11,9 +11,10 @@ from pipeline.devices.base import Device
 from pipeline.dtypes import DType
 from pipeline.errors import DeviceMemoryError
 from pipeline.executor import Executor
-from pipeline.flow import Chunk, Feed, Sink, Workers
+from pipeline.flow import Chunk, Feed, Sink
 from pipeline.instrument import Recorder
 from pipeline.layer.base import Layer
+from pipeline.rows import Workers
 from pipeline.staging.movers import Movers, Wire
 
 

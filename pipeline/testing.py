@@ -27,10 +27,11 @@ import numpy as np
 from pipeline.arrays import HostArray, convert, host_view
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, Cast, DType, cast_between, parse_dtype
 from pipeline.errors import OptionError
-from pipeline.flow import Chunk, DeviceRows, Drain, Feed, Fill, Gather, Job, Sink, Source
+from pipeline.flow import Chunk, Feed, Gather, Sink, Source
 from pipeline.io.registry import SinkRequest, SourceRequest
 from pipeline.io.sinks import open_sink
 from pipeline.io.sources import open_source
+from pipeline.rows import DeviceRows, Drain, Fill, Job
 from pipeline.staging.native import open_workers
 
 _MOST_PIECE_ROWS = 5  # so that even few rows are several pieces

@@ -82,7 +82,7 @@ def test_debug_mode_poisons_buffers_and_changes_no_bit(monkeypatch: pytest.Monke
     small_rings(monkeypatch, 500)
     with open_pipeline() as pipeline:
         assert_same_bits(pipeline.run(np.asfortranarray(X), np.asfortranarray(poisoned((200, 7)))).out, LAYER(X))
-        assert all((memory == 0xFF).all() for memory in pipeline.fleet.stations[0].executor.ring_in._memory)
+        assert all((memory == 0xFF).all() for memory in pipeline.fleet.stations[0].movers.rings["Python"].load._memory)
 
 
 def test_result_keeps_neither_device_nor_weights() -> None:

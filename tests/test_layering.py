@@ -17,7 +17,7 @@ LEVELS = {
     for level, parts in enumerate(
         [
             ["errors", "dtypes", "options", "keywords", "exclusive", "config", "instrument"],
-            ["arrays", "flow"],
+            ["arrays", "rows", "flow"],
             ["epilogues"],
             ["kernels"],
             ["layer"],

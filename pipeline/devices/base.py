@@ -23,8 +23,8 @@ import numpy as np
 
 from pipeline.arrays import HostArray, address_of
 from pipeline.dtypes import DType
-from pipeline.flow import HOST, DeviceRows, Operation, Workers
 from pipeline.layer.base import Layer, Place
+from pipeline.rows import HOST, DeviceRows, Operation, Workers
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from pipeline.arrays import HostArray
 from pipeline.devices.base import Device, HostPlace, aligned_memory, host_rows
 from pipeline.dtypes import DType
 from pipeline.errors import DeviceMemoryError
-from pipeline.flow import DeviceRows, Operation
 from pipeline.layer.base import DeviceLayer, Layer
+from pipeline.rows import DeviceRows, Operation
 
 _PATIENCE_S = 5e-4, 3.2e-2  # with the copy workers, at first and at most
 # Threads of each engine. Two that queue kernels: cores that are done with one chunk begin with the next.

@@ -30,10 +30,10 @@ from pipeline.devices.cuda_memory import (
     unregister,
 )
 from pipeline.dtypes import DType
-from pipeline.flow import DeviceRows, Operation
 from pipeline.kernels.driver import call, call_error, check_not_forked, count_gpus, driver
 from pipeline.kernels.launch import Launcher, in_context
 from pipeline.layer.base import ALIGNMENT_BYTES, DeviceLayer, Layer
+from pipeline.rows import DeviceRows, Operation
 
 __all__ = ["CudaDevice", "count_gpus", "is_pinned", "register", "unregister"]
 

@@ -11,10 +11,10 @@ import numpy as np
 from pipeline.arrays import HostArray, address_of
 from pipeline.config import GIB
 from pipeline.errors import DeviceMemoryError
-from pipeline.flow import DeviceRows
 from pipeline.kernels.driver import call, call_error, driver
 from pipeline.kernels.launch import Launcher, in_context
 from pipeline.layer.base import ALIGNMENT_BYTES, Place
+from pipeline.rows import DeviceRows
 
 
 class CudaMemory:

@@ -21,8 +21,8 @@ from pipeline.arrays import HostArray
 from pipeline.devices.base import Device, HostPlace, aligned_memory, host_rows
 from pipeline.dtypes import DType
 from pipeline.errors import DriverError
-from pipeline.flow import DeviceRows, Job, Operation, Workers
 from pipeline.layer.base import DeviceLayer, Layer
+from pipeline.rows import DeviceRows, Job, Operation, Workers
 
 
 @dataclass(frozen=True)

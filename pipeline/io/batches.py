@@ -17,9 +17,10 @@ import numpy as np
 from pipeline.arrays import HostArray, host_view, is_cuda, is_torch
 from pipeline.dtypes import DType, cast_between
 from pipeline.errors import InputError, PipelineError
-from pipeline.flow import BatchResult, Chunk, Feed, Fill, Gather, Sink, Source
+from pipeline.flow import BatchResult, Chunk, Feed, Gather, Sink, Source
 from pipeline.io.memory import ArrayRows
 from pipeline.io.registry import SourceRequest
+from pipeline.rows import Fill
 
 _PATIENCE_S = 5.0  # how long a run that stops waits for the iterable's next batch
 

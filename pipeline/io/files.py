@@ -15,7 +15,8 @@ from pipeline.arrays import HostArray, convert
 from pipeline.config import GIB
 from pipeline.dtypes import Cast, DType, cast_between
 from pipeline.errors import FileFormatError, InputError, OutputError
-from pipeline.flow import PlainRows, Source, SourceRows, Span, TargetRows
+from pipeline.flow import Source, Span
+from pipeline.rows import PlainRows, SourceRows, TargetRows
 
 
 @dataclass(frozen=True)

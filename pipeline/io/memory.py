@@ -10,10 +10,11 @@ import numpy as np
 from pipeline.arrays import HostArray, address_of, byte_range, convert, host_tensor, host_view, is_cuda, is_torch
 from pipeline.dtypes import Cast, DType, cast_between, parse_dtype
 from pipeline.errors import DTypeError, InputError, OptionError
-from pipeline.flow import Chunk, DeviceRows, PlainRows, Sink, Source, SourceRows, Span, TargetRows
+from pipeline.flow import Chunk, Sink, Source, Span
 from pipeline.io.mapped import is_in_file, memmap_of, open_map, open_map_sink, open_map_source
 from pipeline.io.registry import SinkRequest, SourceRequest
 from pipeline.layer.checks import check_gpu_layout, check_gpu_out, check_out
+from pipeline.rows import DeviceRows, PlainRows, SourceRows, TargetRows
 
 
 class ArrayRows(SourceRows, TargetRows):

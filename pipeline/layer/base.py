@@ -30,8 +30,8 @@ from typing import Any, ClassVar
 from pipeline.arrays import HostArray
 from pipeline.dtypes import DType, parse_dtype, parse_precision
 from pipeline.errors import OptionError
-from pipeline.flow import DeviceRows
 from pipeline.layer.checks import check_dtype
+from pipeline.rows import DeviceRows
 
 ALIGNMENT_BYTES = 16  # divides the first address and the stride of rows in a GPU's memory
 

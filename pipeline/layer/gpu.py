@@ -10,13 +10,13 @@ import numpy as np
 
 from pipeline.dtypes import DType, parse_dtype
 from pipeline.epilogues import Epilogue, EpilogueCode
-from pipeline.flow import DeviceRows
 from pipeline.kernels.choose import Problem, runs_as
 from pipeline.kernels.fused_layer import Weights, describe, prepare, prepare_split, split_weights
 from pipeline.kernels.fused_linear import Matrix
 from pipeline.kernels.launch import Launcher, PreparedLaunch
 from pipeline.kernels.split_rows import SplitRows
 from pipeline.layer.base import ALIGNMENT_BYTES, DeviceLayer, Place
+from pipeline.rows import DeviceRows
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.dtypes import FLOAT32, DType
 from pipeline.epilogues import Epilogue
-from pipeline.flow import DeviceRows
 from pipeline.layer import host_threads
 from pipeline.layer.base import DeviceLayer
+from pipeline.rows import DeviceRows
 
 if TYPE_CHECKING:
     import torch

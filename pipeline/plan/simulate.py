@@ -10,9 +10,10 @@ from pipeline.arrays import HostArray
 from pipeline.config import Staging
 from pipeline.devices.sim import Engine, Hardware, SimDevice
 from pipeline.executor import Executor
-from pipeline.flow import Chunk, DeviceRows, Job, Operation, RangeFeed, Sink, SourceRows, TargetRows
+from pipeline.flow import Chunk, RangeFeed, Sink
 from pipeline.instrument import Recorder
 from pipeline.report.stages import stage_stats
+from pipeline.rows import DeviceRows, Job, Operation, SourceRows, TargetRows
 from pipeline.staging.movers import Movers, Wire
 
 _CHUNKS, _PIECES = 240, 8_000  # simulated at most, but for as many chunks as it takes to fill and empty the stages

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pipeline.arrays import HostArray
 from pipeline.devices.base import Device
 from pipeline.errors import DeviceError
-from pipeline.flow import HostRows, Operation, SourceRows, TargetRows
 from pipeline.instrument import Ranges, Recorder
+from pipeline.rows import HostRows, Operation, SourceRows, TargetRows
 from pipeline.staging.mover import Mover, Transfer
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from pipeline.flow import SourceRows, TargetRows
 from pipeline.instrument import Ranges, Recorder
+from pipeline.rows import SourceRows, TargetRows
 
 
 class Transfer(ABC):

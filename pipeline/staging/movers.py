@@ -9,8 +9,8 @@ from pipeline.arrays import HostArray
 from pipeline.config import Staging
 from pipeline.devices.base import Device
 from pipeline.dtypes import DType
-from pipeline.flow import SourceRows, TargetRows, Workers
 from pipeline.instrument import Ranges
+from pipeline.rows import SourceRows, TargetRows, Workers
 from pipeline.staging.in_place_mover import InPlaceMover, synchronize
 from pipeline.staging.mover import Mover
 from pipeline.staging.native_mover import open_native_mover

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.arrays import address_of
 from pipeline.config import native_copy
 from pipeline.errors import PipelineError
-from pipeline.flow import Drain, Job, Operation, PlainRows, Workers
+from pipeline.rows import Drain, Job, Operation, PlainRows, Workers
 from pipeline.staging import host_library
 from pipeline.staging.host_library import CASTS, COPY, INSTRUCTIONS, READ_FILE, WRITE_FILE, CopyRequest, CopyResult
 from pipeline.staging.threads import ThreadWorkers

@@ -16,8 +16,8 @@ import numpy as np
 from pipeline.arrays import address_of
 from pipeline.devices.base import Device, NativeCopies
 from pipeline.errors import PipelineError
-from pipeline.flow import HostRows, SourceRows, TargetRows, Workers
 from pipeline.instrument import Ranges, Recorder
+from pipeline.rows import HostRows, SourceRows, TargetRows, Workers
 from pipeline.staging.host_library import MoverDevice, MoverRing, TransferRequest, TransferResult
 from pipeline.staging.mover import Mover, Transfer
 from pipeline.staging.native import NativeWorkers, can_move, copy_request

@@ -9,8 +9,8 @@ from typing import Any
 
 from pipeline.arrays import HostArray
 from pipeline.devices.base import Device
-from pipeline.flow import Drain, Fill, Operation, SourceRows, TargetRows, Workers
 from pipeline.instrument import Ranges, Recorder
+from pipeline.rows import Drain, Fill, Operation, SourceRows, TargetRows, Workers
 from pipeline.staging.in_place_mover import synchronize
 from pipeline.staging.mover import Mover, Transfer
 from pipeline.staging.ring import Ring, Rings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from pipeline.flow import Job
+from pipeline.rows import Job
 
 
 class _Running:

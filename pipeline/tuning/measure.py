@@ -20,10 +20,11 @@ from pipeline.config import Staging, cores
 from pipeline.devices.base import Device
 from pipeline.dtypes import FLOAT32
 from pipeline.executor import Executor
-from pipeline.flow import Chunk, DeviceRows, Drain, Feed, Fill, Operation, Sink, Workers
+from pipeline.flow import Chunk, Feed, Sink
 from pipeline.instrument import Recorder
 from pipeline.io.memory import ArrayRows
 from pipeline.options import DEFAULT_STREAMS
+from pipeline.rows import DeviceRows, Drain, Fill, Operation, Workers
 from pipeline.staging.movers import Movers, Wire
 from pipeline.staging.native import open_workers
 

@@ -84,8 +84,8 @@ class Copier:
 
     def seconds(self, target: Any, source: Any) -> float:
         """What they need to copy one flat array to another."""
-        from pipeline.flow import Drain
         from pipeline.io.memory import ArrayRows
+        from pipeline.rows import Drain
 
         start = time.perf_counter()
         self._workers.run(Drain(ArrayRows(target.reshape(1, -1)), 0, source.reshape(1, -1)))
@@ -122,8 +122,8 @@ def host_copies(seconds: float = 1.0) -> float:
     import torch
 
     from pipeline.config import Staging
-    from pipeline.flow import Drain, Fill
     from pipeline.io.memory import ArrayRows
+    from pipeline.rows import Drain, Fill
     from pipeline.staging.native import open_workers
 
     staging = Staging.chosen()

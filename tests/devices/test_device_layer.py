@@ -14,8 +14,8 @@ from helpers.other_layer import TorchLayer, TorchOnDevice
 from pipeline import DTypeError, FusedLinear, OptionError, Pipeline, run_pipelined
 from pipeline.devices.base import HostPlace, host_rows
 from pipeline.dtypes import DTYPES, FLOAT32
-from pipeline.flow import HOST, DeviceRows
 from pipeline.layer.base import Place
+from pipeline.rows import HOST, DeviceRows
 
 
 @pytest.fixture

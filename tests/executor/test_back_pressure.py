@@ -23,9 +23,7 @@ from pipeline import Pipeline
 from pipeline.arrays import HostArray
 from pipeline.devices.sim import SimDevice
 from pipeline.errors import DriverError
-from pipeline.flow import (
-    Chunk,
-)
+from pipeline.flow import Chunk
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -23,10 +23,8 @@ import pipeline.executor as executor_module
 from pipeline import Pipeline
 from pipeline.devices.sim import Hardware, SimDevice
 from pipeline.errors import DeviceError, DriverError
-from pipeline.flow import (
-    Chunk,
-    Operation,
-)
+from pipeline.flow import Chunk
+from pipeline.rows import Operation
 
 
 @pytest.mark.parametrize("number", [0, 1, 7, 20])

@@ -15,8 +15,9 @@ from helpers.schedules import GROUNDS, SIM, Case, Ground, Schedule, layer_of
 
 from pipeline.arrays import HostArray, address_of
 from pipeline.dtypes import FLOAT32
-from pipeline.flow import Chunk, Drain, Fill, Job, Operation
+from pipeline.flow import Chunk
 from pipeline.io.memory import ArrayRows
+from pipeline.rows import Drain, Fill, Job, Operation
 from pipeline.staging.ring import Ring
 
 FAULT_SEEDS, DRIVER_SEEDS = 25, 6

@@ -25,11 +25,7 @@ from pipeline.config import Staging
 from pipeline.devices.sim import Hardware
 from pipeline.errors import DriverError
 from pipeline.executor import Executor
-from pipeline.flow import (
-    Chunk,
-    Feed,
-    Sink,
-)
+from pipeline.flow import Chunk, Feed, Sink
 from pipeline.instrument import Recorder
 from pipeline.io.memory import ArrayRows
 from pipeline.staging.movers import Movers, Wire

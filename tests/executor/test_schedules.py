@@ -14,12 +14,8 @@ from helpers.schedules import GROUNDS, Case, CheckingSink, Ground, Schedule, Wat
 
 from pipeline.arrays import HostArray
 from pipeline.dtypes import FLOAT32
-from pipeline.flow import (
-    HOST,
-    Chunk,
-    DeviceRows,
-    RangeFeed,
-)
+from pipeline.flow import Chunk, RangeFeed
+from pipeline.rows import HOST, DeviceRows
 
 SCHEDULES, BATCHES = 2_000, 8
 DRIVER_SCHEDULES = 60

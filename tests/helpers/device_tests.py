@@ -25,7 +25,7 @@ from pipeline.arrays import HostArray, is_torch
 from pipeline.devices.base import Device
 from pipeline.devices.names import open_device
 from pipeline.dtypes import DTYPES, DType, parse_dtype
-from pipeline.flow import Operation
+from pipeline.rows import Operation
 
 
 def wait(device: Device, *operations: Operation) -> None:

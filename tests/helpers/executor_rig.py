@@ -24,16 +24,10 @@ from pipeline.devices.base import Device
 from pipeline.devices.sim import Hardware
 from pipeline.dtypes import FLOAT32
 from pipeline.executor import Executor
-from pipeline.flow import (
-    Chunk,
-    Feed,
-    Gather,
-    Sink,
-    SourceRows,
-    TargetRows,
-)
+from pipeline.flow import Chunk, Feed, Gather, Sink
 from pipeline.instrument import Recorder
 from pipeline.io.memory import ArraySource
+from pipeline.rows import SourceRows, TargetRows
 from pipeline.staging.movers import Movers, Wire
 
 NO_GATHER = Gather(lambda n: np.empty(n, np.uint8), 0, lambda job: job())

@@ -7,8 +7,8 @@ from helpers.native_device import FAILURE, REFUSAL, NativeDevice, PythonOnly, fa
 
 from pipeline.devices.base import Device
 from pipeline.devices.sim import Hardware, SimDevice
-from pipeline.flow import Workers
 from pipeline.instrument import Ranges
+from pipeline.rows import Workers
 from pipeline.staging.mover import Mover
 from pipeline.staging.native import NativeWorkers
 from pipeline.staging.native_mover import open_native_mover

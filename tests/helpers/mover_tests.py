@@ -26,11 +26,11 @@ from device_tests import assert_same_bits, poisoned, random_layer, random_rows
 from pipeline.arrays import HostArray
 from pipeline.devices.base import Device
 from pipeline.errors import DriverError, FileFormatError, OutputError, PipelineError
-from pipeline.flow import Drain, SourceRows, TargetRows, Workers
 from pipeline.instrument import Ranges, Recorder
 from pipeline.io.files import FileLayout, FileRows
 from pipeline.io.memory import ArrayRows
 from pipeline.layer.linear import FusedLinear
+from pipeline.rows import Drain, SourceRows, TargetRows, Workers
 from pipeline.staging.mover import Mover, Transfer
 from pipeline.staging.ring import Ring, Rings
 

@@ -22,8 +22,8 @@ from pipeline.devices.base import NativeCopies
 from pipeline.devices.cpu import CpuDevice
 from pipeline.dtypes import DType
 from pipeline.errors import DriverError
-from pipeline.flow import DeviceRows
 from pipeline.layer.linear import FusedLinear
+from pipeline.rows import DeviceRows
 
 NATIVE = Path(__file__).resolve().parents[1] / "native"
 REFUSAL, FAILURE = 0, 1

@@ -35,15 +35,11 @@ from pipeline.devices.base import Device
 from pipeline.devices.sim import Hardware, SimDevice
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, Cast, DType, cast_between
 from pipeline.executor import Executor
-from pipeline.flow import (
-    Chunk,
-    Feed,
-    Gather,
-    Workers,
-)
+from pipeline.flow import Chunk, Feed, Gather
 from pipeline.instrument import Recorder
 from pipeline.io.memory import ArrayRows, ArraySink, ArraySource
 from pipeline.io.registry import SourceRequest
+from pipeline.rows import Workers
 from pipeline.staging.movers import Movers, Wire
 from pipeline.staging.native import NativeWorkers
 

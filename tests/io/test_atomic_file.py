@@ -25,10 +25,11 @@ from helpers.ends import IN, LAYER, OUT, X, failing_from, open_pipeline, refusin
 from pipeline import RawFile, SinkRequest, SourceRequest, run_pipelined
 from pipeline.dtypes import FLOAT32
 from pipeline.errors import OutputError, OutputExistsError
-from pipeline.flow import Gather, TargetRows
+from pipeline.flow import Gather
 from pipeline.io.atomic_file import AtomicFile
 from pipeline.io.sinks import open_sink
 from pipeline.io.sources import open_source
+from pipeline.rows import TargetRows
 
 
 def test_npy_sink_overwrite_replaces_only_when_complete(tmp_path: Path) -> None:

@@ -31,9 +31,10 @@ from pipeline import Pipeline, run_pipelined
 from pipeline.arrays import HostArray, is_torch
 from pipeline.dtypes import FLOAT32
 from pipeline.errors import InputError
-from pipeline.flow import Fill, Gather, SourceRows
+from pipeline.flow import Gather
 from pipeline.io.registry import SourceRequest
 from pipeline.io.sources import open_source
+from pipeline.rows import Fill, SourceRows
 from pipeline.staging.native import NativeWorkers
 
 

@@ -171,7 +171,7 @@ def test_capture_leaves_out_what_it_measures_and_puts_it_back(what: str) -> None
     from pipeline.devices import cuda
 
     def parts() -> tuple[Any, Any, Any]:
-        return executor.Ranges, instrument.Recorder.add, cuda._CudaOperation.done
+        return executor.Ranges, instrument.Recorder.add, cuda_events.CudaOperation.done
 
     whole = parts()
     with overhead.without(what):

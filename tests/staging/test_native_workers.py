@@ -21,9 +21,9 @@ from device_tests import assert_same_bits, batches_of, poisoned, random_layer, r
 from pipeline import FileFormatError, FusedLinear, OptionError, OutputError, Pipeline, PipelineError, run_pipelined
 from pipeline.arrays import HostArray, host_tensor
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, Cast, DType
-from pipeline.flow import Drain, Fill
 from pipeline.io.files import FileLayout, FileRows
 from pipeline.io.memory import ArrayRows
+from pipeline.rows import Drain, Fill
 from pipeline.staging.native import INSTRUCTIONS, NativeWorkers, open_workers
 from pipeline.staging.threads import ThreadWorkers
 

@@ -22,9 +22,9 @@ from pipeline.devices.cpu import CpuDevice
 from pipeline.devices.sim import SimDevice
 from pipeline.dtypes import FLOAT32, DType
 from pipeline.errors import DeviceMemoryError, OptionError
-from pipeline.flow import DeviceRows, Drain, Job, Operation, Workers
 from pipeline.layer.base import DeviceLayer, Layer, Place
 from pipeline.plan.simulate import StageRates, _PlanDevice, _PlanWorkers
+from pipeline.rows import DeviceRows, Drain, Job, Operation, Workers
 from pipeline.tuning import tune
 from pipeline.tuning.measure import Copies
 

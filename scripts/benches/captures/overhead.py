@@ -32,7 +32,7 @@ class _NoRanges:
 
 
 def _done_without_times(self: Any) -> bool:
-    """In the place of `_CudaOperation.done`: whether it has ended, without asking when."""
+    """In the place of `CudaOperation.done`: whether it has ended, without asking when."""
     from pipeline.kernels.driver import call_error, driver
 
     if self._times is None:

@@ -25,8 +25,8 @@ from benches.turns import timed
 def write_and_sync(array: Any, path: Path, workers: Any) -> None:
     """What the disk alone takes: a result's bytes, from memory, in pieces, with the pipeline's copy workers,
     preallocated and synchronised."""
-    from pipeline.flow import Drain
     from pipeline.io.files import FileLayout, FileRows
+    from pipeline.rows import Drain
 
     width = array.shape[1]
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
