@@ -186,5 +186,5 @@ class HostPlace(Place):
 
 
 def host_rows(rows: HostArray) -> DeviceRows:
-    """Contiguous host rows for a layer on the host."""
-    return DeviceRows(HOST, address_of(rows), rows.shape[1], len(rows), rows)
+    """Host rows, each of them contiguous, for a layer on the host."""
+    return DeviceRows(HOST, address_of(rows), rows.strides[0] // rows.itemsize, len(rows), rows)
