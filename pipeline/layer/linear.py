@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.kernels.launch import PreparedLaunch
-    from pipeline.layer.gpu import TensorWeights, ScratchLaunch
+    from pipeline.layer.gpu import ScratchLaunch, TensorWeights
 
 _MAX_LAUNCHES = 1024  # prepared ones that a layer keeps
 
