@@ -24,7 +24,7 @@ import numpy as np
 from pipeline.arrays import HostArray, address_of
 from pipeline.dtypes import DType
 from pipeline.flow import HOST, DeviceRows, Operation, Workers
-from pipeline.layer.base import Layer, Place
+from pipeline.layer.base import DeviceLayer, Layer, Place
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,15 @@ class HostPlace(Place):
 
     def read(self, address: int, n_bytes: int) -> bytes:
         return ctypes.string_at(address, n_bytes)
+
+
+class NoLayer(DeviceLayer):
+    """The layer of a device that was given none: its kernels do nothing."""
+
+    kernel, runs_as = "", ""
+
+    def queue(self, x: DeviceRows, y: DeviceRows, first_row: int, stream: int, scratch: int) -> None:
+        pass
 
 
 def host_rows(rows: HostArray) -> DeviceRows:
