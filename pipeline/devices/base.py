@@ -23,7 +23,7 @@ import numpy as np
 
 from pipeline.arrays import HostArray, address_of
 from pipeline.dtypes import DType
-from pipeline.layer.base import Layer, Place
+from pipeline.layer.base import DeviceLayer, Layer, Place
 from pipeline.rows import HOST, DeviceRows, Operation, Workers
 
 
@@ -185,6 +185,15 @@ class HostPlace(Place):
         return ctypes.string_at(address, n_bytes)
 
 
+class NoLayer(DeviceLayer):
+    """The layer of a device that was given none: its kernels do nothing."""
+
+    kernel, runs_as = "", ""
+
+    def queue(self, x: DeviceRows, y: DeviceRows, first_row: int, stream: int, scratch: int) -> None:
+        pass
+
+
 def host_rows(rows: HostArray) -> DeviceRows:
-    """Contiguous host rows for a layer on the host."""
-    return DeviceRows(HOST, address_of(rows), rows.shape[1], len(rows), rows)
+    """Host rows, each of them contiguous, for a layer on the host."""
+    return DeviceRows(HOST, address_of(rows), rows.strides[0] // rows.itemsize, len(rows), rows)

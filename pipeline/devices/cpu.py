@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.arrays import HostArray
-from pipeline.devices.base import Device, HostPlace, aligned_memory, host_rows
+from pipeline.devices.base import Device, HostPlace, NoLayer, aligned_memory, host_rows
 from pipeline.dtypes import DType
 from pipeline.errors import DeviceMemoryError
 from pipeline.layer.base import DeviceLayer, Layer
@@ -103,7 +103,7 @@ class CpuDevice(Device):
         self._something_done = threading.Event()
         self._patience_s = _PATIENCE_S[0]
         self._place = HostPlace()
-        self._on_host: DeviceLayer | None = None
+        self._on_host: DeviceLayer = NoLayer()
         self._last: list[_Task | None] = []
         self._scratch: list[int] = []  # the layer's own, by slot
         self._inputs: list[HostArray] = []
@@ -118,9 +118,7 @@ class CpuDevice(Device):
         self.kernel, self.runs_as = self._on_host.kernel, self._on_host.runs_as
 
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
-        layer = self._layer
-        assert self._on_host is not None
-        scratch_bytes = self._on_host.slot_bytes(chunk_rows)
+        layer, scratch_bytes = self._layer, self._on_host.slot_bytes(chunk_rows)
         try:
             self._scratch = [self._place.allocate(scratch_bytes, f"chunk {slot}") for slot in range(num_streams)]
             self._inputs = [_aligned_rows(chunk_rows, layer) for _ in range(num_streams)]
@@ -156,7 +154,6 @@ class CpuDevice(Device):
         self, slot: int, rows: int, dataset_row: int, source: DeviceRows | None, target: DeviceRows | None
     ) -> Operation:
         layer, scratch = self._on_host, self._scratch[slot]
-        assert layer is not None
         x = source or host_rows(self._inputs[slot][:rows])
         y = target or host_rows(self._outputs[slot][:rows])
         return self._queue("kernel", slot, lambda: layer.queue(x, y, dataset_row, 0, scratch))
@@ -182,8 +179,7 @@ class CpuDevice(Device):
         for engine in self._engines.values():
             engine.close()
         self._engines = {}
-        if self._on_host is not None:
-            self._on_host.close()
+        self._on_host.close()
         self._inputs, self._outputs, self._last = [], [], []
 
 

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 from pipeline.arrays import HostArray, address_of
-from pipeline.devices.base import Device, NativeCopies
+from pipeline.devices.base import Device, NativeCopies, NoLayer
 from pipeline.devices.cuda_events import CudaOperation, EventPool, PlainEvents
 from pipeline.devices.cuda_memory import (
     CudaMemory,
@@ -71,7 +71,7 @@ class CudaDevice(Device):
         self.ordinal = ordinal
         self.name = f"cuda:{ordinal}"
         self.description = f"{self._launcher.name} ({self._launcher.arch})"
-        self._layer: DeviceLayer = _Nothing()
+        self._layer: DeviceLayer = NoLayer()
         self._memory = CudaMemory(self.name)
         self._inputs: list[int] = []
         self._outputs: list[int] = []
@@ -237,17 +237,8 @@ class CudaDevice(Device):
             self._plain_events.close()
             self._layer.close()
             self._memory.close()
-        self._control, self._layer = None, _Nothing()
+        self._control, self._layer = None, NoLayer()
         self._kernel_streams, self._inputs, self._outputs, self._scratch = [], [], [], []
-
-
-class _Nothing(DeviceLayer):
-    """The layer of a device that has none: its kernels do nothing."""
-
-    kernel, runs_as = "", ""
-
-    def queue(self, x: DeviceRows, y: DeviceRows, first_row: int, stream: int, scratch: int) -> None:
-        pass
 
 
 def _new_stream() -> Any:

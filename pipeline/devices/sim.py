@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.arrays import HostArray
-from pipeline.devices.base import Device, HostPlace, aligned_memory, host_rows
+from pipeline.devices.base import Device, HostPlace, NoLayer, aligned_memory, host_rows
 from pipeline.dtypes import DType
 from pipeline.errors import DriverError
 from pipeline.layer.base import DeviceLayer, Layer
@@ -87,6 +87,7 @@ class SimDevice(Device):
         self._counts = dict.fromkeys(self._engines, 0)
         self._pinned: list[HostArray] = []
         self._place = HostPlace()
+        self._on_host: DeviceLayer = NoLayer()
         self._scratch: list[int] = []  # the layer's own, by slot
         self._slot_free_at_s: list[float] = []
         self._inputs: list[HostArray] = []
@@ -152,7 +153,7 @@ class SimDevice(Device):
 
     def prepare(self, layer: Layer, out_dtype: DType, chunk_rows: int) -> None:
         self._layer, self._out_dtype = layer, out_dtype
-        self._on_host: DeviceLayer = layer.on(self._place, out_dtype, chunk_rows)
+        self._on_host = layer.on(self._place, out_dtype, chunk_rows)
         self.kernel, self.runs_as = "simulated kernel", self._on_host.runs_as
 
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
@@ -215,6 +216,7 @@ class SimDevice(Device):
         return _SimWorkers(self)
 
     def close(self) -> None:
+        self._on_host.close()
         self._inputs, self._outputs, self._moments, self._pinned = [], [], [], []
 
 

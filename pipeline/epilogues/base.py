@@ -53,6 +53,14 @@ class _Kind(NamedTuple):
     twin: Any
 
 
+class _Parameters(ctypes.Structure):
+    """The base of packed parameters: objects that differ from each other whatever they hold, so that prepared launches
+    can be remembered by them."""
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
 class _Vector(ctypes.Structure):
     """The host twin of epilogue::ByFeature (csrc/gpu/epilogue.cuh)."""
 
@@ -207,7 +215,7 @@ def _code(cls: type[Epilogue]) -> EpilogueCode:
     kinds = cls._kinds()
     # A structure without fields would have no byte in C, where it has one.
     twins: list[tuple[str, Any]] = [(name, _KINDS[kind].twin) for name, kind in kinds.items()]
-    parameters = type("Parameters", (ctypes.Structure,), {"_fields_": twins or [("none", ctypes.c_int)]})
+    parameters = type("Parameters", (_Parameters,), {"_fields_": twins or [("none", ctypes.c_int)]})
     members = "\n".join(f"  {_KINDS[kind].cuda} {name};" for name, kind in kinds.items()) or "  int none;"
     functors = [_FUNCTOR.format(name="Exact", body=cls.cuda.strip())]
     functors.append(

@@ -109,20 +109,20 @@ class TensorWeights:
     def _kernels(self, out_dtype: torch.dtype) -> _Kernels:
         return _kernels(self._device.index, self._dtype, out_dtype, self._precision, self._shape, self._code)
 
-    def prepare(self, x: torch.Tensor, out: torch.Tensor) -> PreparedLaunch | _ScratchLaunch | None:
+    def prepare(self, x: torch.Tensor, out: torch.Tensor) -> PreparedLaunch | ScratchLaunch | None:
         """The launch of out[:] = layer(x), or None for no outputs. It holds addresses, not memory.
 
         All tensors on one GPU, `x` as `rows_for_kernel` leaves it, `out` with any row stride.
         """
         launcher, problem, _ = self._kernels(out.dtype)
         if self._weights.split is not None:
-            return _ScratchLaunch(launcher, problem, self._weights, x, out) if len(x) else None
+            return ScratchLaunch(launcher, problem, self._weights, x, out) if len(x) else None
         launch = prepare(launcher, problem, self._weights, _matrix(x), _matrix(out))
         assert launch is None or isinstance(launch, PreparedLaunch)
         return launch
 
 
-class _ScratchLaunch:
+class ScratchLaunch:
     """A launch but for the stream and for memory of its own, which torch lends to each call."""
 
     def __init__(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.kernels.launch import PreparedLaunch
-    from pipeline.layer.gpu import TensorWeights, _ScratchLaunch
+    from pipeline.layer.gpu import ScratchLaunch, TensorWeights
 
 _MAX_LAUNCHES = 1024  # prepared ones that a layer keeps
 
@@ -83,7 +83,7 @@ class FusedLinear(Layer):
         self._lock = threading.Lock()
         self._host_weights: HostWeights | None = None
         self._gpu_weights: dict[int, TensorWeights] = {}
-        self._launches: dict[tuple[Any, ...], PreparedLaunch | _ScratchLaunch | None] = {}
+        self._launches: dict[tuple[Any, ...], PreparedLaunch | ScratchLaunch | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """The weights and options, for pickle and copy; the caches of devices are made again."""
@@ -248,9 +248,9 @@ class FusedLinear(Layer):
             out = torch.empty((x.shape[0], self.out_features), dtype=x.dtype, device=x.device)
         else:
             check_gpu_out(x, out, self.out_features)
-        weights = self.gpu_weights(x.device.index)
-        from pipeline.layer.gpu import rows_for_kernel
+        from pipeline.layer.gpu import rows_for_kernel  # after the fast way out above
 
+        weights = self.gpu_weights(x.device.index)
         with torch.cuda.device(x.device.index):  # for the copies that torch makes
             rows = rows_for_kernel(x.detach())
             launch = weights.prepare(rows, out)

@@ -163,6 +163,7 @@ def test_epilogues_of_one_class_share_their_kernels() -> None:
     assert one.code() is other.code() is not Silu.code()
     blob: Any = other.pack({"shift": 4096})
     assert (blob.scale, blob.shift.values, blob.shift.last) == (2.0, 4096, 3)
+    assert len({blob, other.pack({"shift": 4096})}) == 2, "launches are remembered by them"
     assert ctypes.sizeof(blob) == ctypes.sizeof(other.code().parameters) == 24
 
 

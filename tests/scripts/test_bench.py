@@ -168,7 +168,7 @@ def test_plan_errors_lists_the_runs_it_can_read() -> None:
 @pytest.mark.parametrize("what", ["ranges", "record", "both", "as shipped"])
 def test_capture_leaves_out_what_it_measures_and_puts_it_back(what: str) -> None:
     from pipeline import executor, instrument
-    from pipeline.devices import cuda
+    from pipeline.devices import cuda_events
 
     def parts() -> tuple[Any, Any, Any]:
         return executor.Ranges, instrument.Recorder.add, cuda_events.CudaOperation.done
