@@ -80,7 +80,7 @@ def run(case: Case, options: argparse.Namespace) -> int:
     return int(not outcome.right)
 
 
-def main(cases: list[Case], description: str) -> int:
+def main(cases: list[Case], description: str, arguments: list[str]) -> int:
     """The command line over several cases, one subcommand each."""
     parser = argparse.ArgumentParser(prog="scripts/bench", description=description)
     commands = parser.add_subparsers(required=True)
@@ -89,7 +89,7 @@ def main(cases: list[Case], description: str) -> int:
         command.add_argument("--json", "--out", metavar="FILE", help="write results and context there")
         case.add_arguments(command)
         command.set_defaults(measured=case)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     report = Path(options.json or "report.json")
     if report.is_dir() or not report.parent.is_dir():  # found out now, not when all has been measured
         parser.error(f"--json is {str(report)!r}, expected a file in a folder that exists")

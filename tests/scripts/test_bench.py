@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benches import case
 from benches.captures import overhead
+from benches.cases import CASES
 from benches.layers import larger
 from benches.turns import turns
 from benches.versions import ratios, verdict
@@ -44,9 +46,13 @@ def test_bench_file_checks_every_row_and_reports_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("report", ["", "none/file.json"])
-def test_bench_refuses_a_report_that_cannot_be_written_before_it_measures(report: str, tmp_path: Path) -> None:
-    done = bench("cpu", "--json", str(tmp_path / report))
-    assert done.returncode == 2 and done.stdout == "" and "expected a file in a folder that exists" in done.stderr
+def test_bench_refuses_a_report_that_cannot_be_written_before_it_measures(
+    report: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        case.main(CASES, "", ["cpu", "--json", str(tmp_path / report)])
+    shown = capsys.readouterr()
+    assert shown.out == "" and "expected a file in a folder that exists" in shown.err
 
 
 def test_bench_cpu_checks_every_row(tmp_path: Path) -> None:
@@ -107,8 +113,8 @@ class FusedLinear(linear.FusedLinear):
 
 
 def test_bench_versions_refuses_what_is_no_checkout(tmp_path: Path) -> None:
-    done = versions(tmp_path)
-    assert done.returncode == 1 and "expected the folder of a checkout" in done.stderr
+    with pytest.raises(SystemExit, match="expected the folder of a checkout"):
+        case.main(CASES, "", ["versions", "--against", str(tmp_path), "--device", "cpu"])
 
 
 def test_versions_says_slower_only_where_most_rounds_do() -> None:
@@ -135,9 +141,18 @@ def test_worst_difference_is_nan_where_any_is(order: list[float]) -> None:
 
 
 @pytest.mark.parametrize("name", ["kernel", "errors", "launch", "stream"])
-def test_bench_without_a_gpu_says_so(name: str) -> None:
-    done = bench(name)
-    assert done.returncode == 1 and "needs a GPU" in done.stderr
+def test_bench_without_a_gpu_says_so(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(case, "_gpus", lambda: 0)
+    assert case.main(CASES, "", [name]) == 1
+    assert capsys.readouterr().err == f"scripts/bench {name} needs a GPU, and torch sees none here\n"
+
+
+def test_bench_stream_refuses_a_case_that_needs_more_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(case, "_gpus", lambda: 1)
+    with pytest.raises(SystemExit, match="the case gpus needs several GPUs, and torch sees one here"):
+        case.main(CASES, "", ["stream", "--case", "gpus"])
 
 
 def test_capture_without_a_gpu_says_so(tmp_path: Path) -> None:
