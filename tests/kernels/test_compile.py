@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import site
@@ -35,6 +36,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "kernels"
 
 
+@pytest.fixture
+def shared_cache(cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel cache that this session's tests share, in whichever worker: each variant is compiled once."""
+    base = tmp_path_factory.getbasetemp()
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    monkeypatch.setenv("PIPELINE_CACHE_DIR", str(session / "shared-cache"))
+
+
 def small_variant() -> Variant:
     """The variant that compiles fastest."""
     return next(v for v in all_variants("sm_90a") if "ieee, 32x64" in v.description)
@@ -50,6 +59,7 @@ def check_code(variant: Variant, arch: str) -> None:
     assert 0 < registers_per_block * variant.min_blocks <= 65_536, where
 
 
+@pytest.mark.usefixtures("shared_cache")
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_variants_compile_without_spills(arch: str, precision: str) -> None:
@@ -62,6 +72,7 @@ def test_variants_compile_without_spills(arch: str, precision: str) -> None:
         check_code(variant, arch)
 
 
+@pytest.mark.usefixtures("shared_cache")
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_variants_with_another_output_type_compile_without_spills(precision: str) -> None:
     """The tiles shortest of registers, for each way to store; the others differ in nothing else."""
@@ -100,6 +111,7 @@ def instructions(compiled: CompiledKernel, folder: Path, *, suffixes: bool = Fal
     return Counter(names if suffixes else (name.partition(".")[0] for name in names))
 
 
+@pytest.mark.usefixtures("shared_cache")
 @pytest.mark.parametrize(
     ("arch", "name", "operation", "least"),
     [
@@ -121,6 +133,7 @@ def test_machine_code_keeps_the_pipeline(arch: str, name: str, operation: str, l
     assert found["LDSM" if operation == "HMMA" else "LDS"] > 0
 
 
+@pytest.mark.usefixtures("shared_cache")
 @pytest.mark.parametrize("precision", ["bfloat16", "float16", "tf32"])
 def test_machine_code_of_hopper_variants(precision: str, tmp_path: Path) -> None:
     """wgmma fed and drained by the copy engine, registers moved to the consumers, nothing in local memory."""
@@ -138,6 +151,7 @@ def test_machine_code_of_hopper_variants(precision: str, tmp_path: Path) -> None
         assert variant.threads * compiled.report.registers * variant.min_blocks <= 65_536, where
 
 
+@pytest.mark.usefixtures("shared_cache")
 def test_machine_code_of_split_variants(tmp_path: Path) -> None:
     """Six wgmmas for 32 of k, unrolled by the k-tiles between promotions, each of which is one addition an accumulator.
     Totals are folded while products are in flight; the rest as in the other Hopper kernel."""
@@ -158,6 +172,7 @@ def test_machine_code_of_split_variants(tmp_path: Path) -> None:
         assert additions == 4 * variant.block_n // 2, where
 
 
+@pytest.mark.usefixtures("shared_cache")
 def test_split_rows_compiles_without_spills() -> None:
     (variant,) = (v for v in all_variants("sm_90a") if v.kernel == "split_rows")
     check_code(variant, "sm_90a")
