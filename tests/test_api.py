@@ -15,15 +15,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from device_tests import (
-    assert_close,
-    assert_same_bits,
-    batches_of,
-    nothing_left_behind,
-    pipeline_threads,
-    random_rows,
-    wait_until,
-)
+from helpers.data import assert_close, assert_same_bits, batches_of, random_rows
+from helpers.leaks import nothing_left_behind, pipeline_threads, wait_until
 from helpers.pipelines import LAYER, X, open_pipeline
 
 from pipeline import Result, pin, run_pipelined

@@ -10,14 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device_tests import (
-    PlannedError,
-    assert_same_bits,
-    nothing_left_behind,
-    poisoned,
-    random_layer,
-    small_rings,
-)
+from helpers.data import assert_same_bits, poisoned, random_layer
+from helpers.leaks import PlannedError, nothing_left_behind, small_rings
 from helpers.pipelines import LAYER, X, open_pipeline
 
 from pipeline import run_pipelined

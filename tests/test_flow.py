@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import assert_same_bits, poisoned, random_layer, random_rows
+from helpers.data import assert_same_bits, poisoned, random_layer, random_rows
 from helpers.ends import IN, LAYER, OUT, X, open_pipeline
 from hypothesis import given
 from hypothesis import strategies as st

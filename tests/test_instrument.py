@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import random_layer, random_rows, small_rings
+from helpers.data import random_layer, random_rows
+from helpers.leaks import small_rings
 from hypothesis import given
 from hypothesis import strategies as st
 

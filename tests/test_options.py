@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device_tests import assert_same_bits, nothing_left_behind
+from helpers.data import assert_same_bits
+from helpers.leaks import nothing_left_behind
 from helpers.pipelines import LAYER, X, open_pipeline
 
 from pipeline import Pipeline, run_pipelined

@@ -17,16 +17,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from device_tests import (
-    PlannedError,
-    assert_same_bits,
-    batches_of,
-    nothing_left_behind,
-    pipeline_threads,
-    random_layer,
-    random_rows,
-    small_rings,
-)
+from helpers.data import assert_same_bits, batches_of, random_layer, random_rows
+from helpers.leaks import PlannedError, nothing_left_behind, pipeline_threads, small_rings
 from helpers.pipelines import LAYER, X, open_pipeline
 
 from pipeline import Pipeline

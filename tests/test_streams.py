@@ -14,16 +14,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from device_tests import (
-    PlannedError,
-    assert_same_bits,
-    nothing_left_behind,
-    pipeline_threads,
-    random_layer,
-    random_rows,
-    small_rings,
-    wait_until,
-)
+from helpers.data import assert_same_bits, random_layer, random_rows
+from helpers.leaks import PlannedError, nothing_left_behind, pipeline_threads, small_rings, wait_until
 from helpers.pipelines import LAYER, X, open_pipeline
 
 from pipeline import Pipeline

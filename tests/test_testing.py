@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import batches_of, random_rows
+from helpers.data import batches_of, random_rows
 from helpers.ends import as_tensor
 
 from pipeline import Sink, Source

@@ -77,7 +77,7 @@ def test_view_refuses_what_is_no_timeline(files: Files, capsys: pytest.CaptureFi
 
 
 def test_profile_reads_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from nsys_export import Export
+    from helpers.nsys_export import Export
 
     from pipeline.instrument import Interval
 

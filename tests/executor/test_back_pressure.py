@@ -9,14 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from device_tests import (
-    assert_same_bits,
-    nothing_left_behind,
-    random_rows,
-    small_rings,
-    wait_until,
-)
+from helpers.data import assert_same_bits, random_rows
 from helpers.executor_rig import Memory, Rig, TroubledFeed, TroubledSink, open_sim
+from helpers.leaks import nothing_left_behind, small_rings, wait_until
 from helpers.schedules import layer_of
 
 from pipeline import Pipeline

@@ -8,15 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from device_tests import (
-    PlannedError,
-    assert_same_bits,
-    batches_of,
-    nothing_left_behind,
-    random_rows,
-    small_rings,
-)
+from helpers.data import assert_same_bits, batches_of, random_rows
 from helpers.executor_rig import Rig, TroubledFeed, TroubledSink, open_sim, raise_at
+from helpers.leaks import PlannedError, nothing_left_behind, small_rings
 from helpers.schedules import check_pieces, layer_of
 
 import pipeline.executor as executor_module

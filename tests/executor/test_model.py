@@ -8,14 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import (
-    PlannedError,
-    assert_same_bits,
-    poisoned,
-    random_rows,
-    small_rings,
-)
+from helpers.data import assert_same_bits, poisoned, random_rows
 from helpers.executor_rig import Memory, TroubledFeed, TroubledSink
+from helpers.leaks import PlannedError, small_rings
 from helpers.schedules import WatchedSim, check_pieces, layer_of
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st

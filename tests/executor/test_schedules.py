@@ -6,10 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from device_tests import (
-    assert_same_bits,
-    poisoned,
-)
+from helpers.data import assert_same_bits, poisoned
 from helpers.schedules import GROUNDS, Case, CheckingSink, Ground, Schedule, WatchedSim, check_rest
 
 from pipeline.arrays import HostArray

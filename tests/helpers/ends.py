@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device_tests import random_layer, random_rows
+from helpers.data import random_layer, random_rows
 from hypothesis import HealthCheck, settings
 
 from pipeline import FusedLinear, Pipeline

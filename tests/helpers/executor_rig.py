@@ -9,13 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import (
-    PlannedError,
-    assert_same_bits,
-    poisoned,
-    random_rows,
-    small_rings,
-)
+from helpers.data import assert_same_bits, poisoned, random_rows
+from helpers.leaks import PlannedError, small_rings
 from helpers.schedules import WatchedSim, check_rest, layer_of
 
 from pipeline.arrays import HostArray

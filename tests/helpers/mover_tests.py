@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import assert_same_bits, poisoned, random_layer, random_rows
+from helpers.data import assert_same_bits, poisoned, random_layer, random_rows
 
 from pipeline.arrays import HostArray
 from pipeline.devices.base import Device

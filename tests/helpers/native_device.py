@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from device_tests import wait_until
+from helpers.leaks import wait_until
 
 from pipeline.arrays import HostArray, address_of
 from pipeline.devices.base import NativeCopies

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from device_tests import random_layer, random_rows
+from helpers.data import random_layer, random_rows
 
 from pipeline import FusedLinear, Pipeline
 

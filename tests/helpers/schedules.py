@@ -18,14 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import (
-    assert_same_bits,
-    batches_of,
-    poisoned,
-    random_layer,
-    random_rows,
-    small_rings,
-)
+from helpers.data import assert_same_bits, batches_of, poisoned, random_layer, random_rows
+from helpers.leaks import small_rings
 from helpers.native_device import WatchedNative
 
 from pipeline import FusedLinear

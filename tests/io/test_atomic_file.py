@@ -11,16 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import (
-    PlannedError,
-    assert_same_bits,
-    batches_of,
-    nothing_left_behind,
-    random_layer,
-    random_rows,
-    small_rings,
-)
+from helpers.data import assert_same_bits, batches_of, random_layer, random_rows
 from helpers.ends import IN, LAYER, OUT, X, failing_from, open_pipeline, refusing
+from helpers.leaks import PlannedError, nothing_left_behind, small_rings
 
 from pipeline import RawFile, SinkRequest, SourceRequest, run_pipelined
 from pipeline.dtypes import FLOAT32

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device_tests import assert_same_bits, nothing_left_behind
+from helpers.data import assert_same_bits
 from helpers.ends import IN, LAYER, OUT, X, frozen, open_pipeline
+from helpers.leaks import nothing_left_behind
 
 from pipeline import run_pipelined
 from pipeline.arrays import HostArray

@@ -13,17 +13,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from device_tests import (
-    PlannedError,
-    assert_same_bits,
-    batches_of,
-    nothing_left_behind,
-    pipeline_threads,
-    random_layer,
-    random_rows,
-    small_rings,
-)
+from helpers.data import assert_same_bits, batches_of, random_layer, random_rows
 from helpers.ends import DTYPES, IN, LAYER, OUT, X, as_tensor, every, open_pipeline
+from helpers.leaks import PlannedError, nothing_left_behind, pipeline_threads, small_rings
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device_tests import assert_same_bits, nothing_left_behind, poisoned, random_layer, random_rows, small_rings
+from helpers.data import assert_same_bits, poisoned, random_layer, random_rows
 from helpers.ends import IN, LAYER, OUT, X, failing_from, open_pipeline
+from helpers.leaks import nothing_left_behind, small_rings
 
 from pipeline import run_pipelined
 from pipeline.arrays import HostArray

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device_tests import assert_close, assert_same_bits, batches_of, poisoned, random_layer, random_rows, small_rings
+from helpers.data import assert_close, assert_same_bits, batches_of, poisoned, random_layer, random_rows
 from helpers.ends import DTYPES, IN, LAYER, LAYOUTS, OUT, X, as_tensor, every, open_pipeline
+from helpers.leaks import small_rings
 from hypothesis import example, given
 from hypothesis import strategies as st
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import assert_same_bits, nothing_left_behind
+from helpers.data import assert_same_bits
 from helpers.ends import IN, LAYER, OUT, X
+from helpers.leaks import nothing_left_behind
 
 import pipeline
 from pipeline import OptionError, PipelineError, run_pipelined

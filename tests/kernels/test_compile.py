@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from needs import without
+from helpers.needs import without
 
 from pipeline.errors import CompileError
 from pipeline.kernels import ARCHITECTURES, Variant, all_variants

@@ -14,12 +14,12 @@ from helpers.data import assert_close, assert_same_bits, random_layer, random_ro
 
 from pipeline import fused_gemm_sigmoid_scale_add
 from pipeline.errors import uninterrupted
-from pipeline.layer import host_threads as row_threads
+from pipeline.layer import host_threads
 
 
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(row_threads, "cores", lambda: 2)
+    monkeypatch.setattr(host_threads, "cores", lambda: 2)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
@@ -33,15 +33,15 @@ pytestmark = pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize("threads", [1, 2, 9])
 def test_each_start_is_computed_once(count: int, threads: int) -> None:
     done: list[int] = []
-    row_threads.each(done.append, range(0, 5 * count, 5), threads)
+    host_threads.each(done.append, range(0, 5 * count, 5), threads)
     assert sorted(done) == list(range(0, 5 * count, 5))
 
 
 def test_interrupt_while_work_is_handed_out_waits_for_what_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    submit, submitted, running = row_threads._Pool.submit, [0], [0]
+    submit, submitted, running = host_threads._Pool.submit, [0], [0]
     begun = threading.Event()
 
-    def interrupted(pool: row_threads._Pool, work: Any) -> Any:
+    def interrupted(pool: host_threads._Pool, work: Any) -> Any:
         submitted[0] += 1
         if submitted[0] == 2:
             assert begun.wait(5)
@@ -54,9 +54,9 @@ def test_interrupt_while_work_is_handed_out_waits_for_what_has_begun(monkeypatch
         time.sleep(0.1)
         running[0] -= 1
 
-    monkeypatch.setattr(row_threads._Pool, "submit", interrupted)
+    monkeypatch.setattr(host_threads._Pool, "submit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        row_threads.each(compute, range(100), 2)
+        host_threads.each(compute, range(100), 2)
     assert running == [0] and submitted == [2]
 
 
@@ -84,19 +84,19 @@ def test_error_is_raised_once_nothing_runs_any_more() -> None:
         running[0] -= 1
 
     with pytest.raises(ValueError, match="block 3"):
-        row_threads.each(compute, range(100), 2)
+        host_threads.each(compute, range(100), 2)
     assert running == [0]
     done: list[int] = []
-    row_threads.each(done.append, range(4), 2)
+    host_threads.each(done.append, range(4), 2)
     assert sorted(done) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("with_mkl", [True, False])
 def test_single_task_has_one_thread_for_its_product(with_mkl: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the calling thread, or where torch has no MKL in one of the pool."""
-    set_mkl_threads = row_threads._mkl_threads()
+    set_mkl_threads = host_threads._mkl_threads()
     if not with_mkl:
-        monkeypatch.setattr(row_threads, "_mkl_threads", lambda: None)
+        monkeypatch.setattr(host_threads, "_mkl_threads", lambda: None)
     elif set_mkl_threads is None:
         pytest.skip("torch without MKL")
     here: list[bool] = []
@@ -107,9 +107,9 @@ def test_single_task_has_one_thread_for_its_product(with_mkl: bool, monkeypatch:
         if fails:
             raise ValueError
 
-    row_threads.each(compute, [False], 2)
+    host_threads.each(compute, [False], 2)
     with pytest.raises(ValueError):
-        row_threads.each(compute, [True], 2)
+        host_threads.each(compute, [True], 2)
     assert here == [with_mkl] * 2 and torch.get_num_threads() == 2
     if set_mkl_threads is not None:
         assert set_mkl_threads(2) == 2  # as the fixture's torch.set_num_threads left it
@@ -124,10 +124,10 @@ def test_few_tasks_dont_wait_for_the_end_of_many() -> None:
         time.sleep(0.01)
         done.append(task)
 
-    many = threading.Thread(target=row_threads.each, args=(compute, range(100), 2))
+    many = threading.Thread(target=host_threads.each, args=(compute, range(100), 2))
     many.start()
     begun.wait()
-    row_threads.each(lambda _: None, range(2), 2)
+    host_threads.each(lambda _: None, range(2), 2)
     assert len(done) < 50
     many.join()
     assert len(done) == 100
@@ -135,7 +135,7 @@ def test_few_tasks_dont_wait_for_the_end_of_many() -> None:
 
 def test_torchs_own_threads_stay_as_they_were() -> None:
     counts: list[int] = []
-    row_threads.each(lambda _: counts.append(torch.get_num_threads()), range(8), 2)
+    host_threads.each(lambda _: counts.append(torch.get_num_threads()), range(8), 2)
     fresh = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
     fresh.start()
     fresh.join()
@@ -144,9 +144,9 @@ def test_torchs_own_threads_stay_as_they_were() -> None:
 
 def test_thread_that_first_uses_torch_while_the_pool_is_made_has_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the CPU device's second thread for products may."""
-    monkeypatch.setattr(row_threads, "_pools", {})
+    monkeypatch.setattr(host_threads, "_pools", {})
     counts: list[int] = []
-    fresh = threading.Thread(target=lambda: counts.append(row_threads.torch_threads()))
+    fresh = threading.Thread(target=lambda: counts.append(host_threads.torch_threads()))
     set_num_threads = torch.set_num_threads
 
     def set_and_ask(count: int) -> None:
@@ -156,7 +156,7 @@ def test_thread_that_first_uses_torch_while_the_pool_is_made_has_all_threads(mon
             fresh.join(0.2)
 
     monkeypatch.setattr(torch, "set_num_threads", set_and_ask)
-    row_threads.each(lambda _: None, range(8), 2)
+    host_threads.each(lambda _: None, range(8), 2)
     fresh.join()
     assert counts == [2]
 
@@ -168,7 +168,7 @@ def test_bits_dont_depend_on_threads(dtype: str, rows: int, monkeypatch: pytest.
     shared = layer(x)
     torch.set_num_threads(1)
     assert_same_bits(shared, layer(x))
-    monkeypatch.setattr(row_threads, "_mkl_threads", lambda: None)
+    monkeypatch.setattr(host_threads, "_mkl_threads", lambda: None)
     assert_same_bits(shared, layer(x))
     assert_close(shared, layer, x)
 
@@ -188,13 +188,13 @@ def test_torch_op_shares_rows_under_every_mode_of_the_caller() -> None:
 
 def _compute_in_child(results: multiprocessing.SimpleQueue[list[int]]) -> None:
     done: list[int] = []
-    row_threads.each(done.append, range(8), 2)
+    host_threads.each(done.append, range(8), 2)
     results.put(sorted(done))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forked_process_has_threads_of_its_own() -> None:
-    row_threads.each(lambda _: None, range(4), 2)
+    host_threads.each(lambda _: None, range(4), 2)
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     child = context.Process(target=_compute_in_child, args=(results,))

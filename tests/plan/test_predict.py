@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import random_layer
+from helpers.data import random_layer
 
 from pipeline import Pipeline
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32

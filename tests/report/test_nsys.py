@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from nsys_export import PROCESS, Export
+from helpers.nsys_export import PROCESS, Export
 
 from pipeline.errors import DeviceError, FileFormatError, OptionError
 from pipeline.instrument import RUN, Interval

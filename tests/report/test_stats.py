@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import poisoned, random_layer, random_rows, small_rings
+from helpers.data import poisoned, random_layer, random_rows
+from helpers.leaks import small_rings
 from helpers.pipelines import X, open_pipeline
 
 from pipeline import Pipeline, Progress, run_pipelined

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import assert_same_bits, random_layer, random_rows
-from needs import needs
+from helpers.data import assert_same_bits, random_layer, random_rows
+from helpers.needs import needs
 
 from pipeline import FusedLinear, OptionError, OutputError, Pipeline, TraceWarning, run_pipelined
 from pipeline.errors import FileFormatError

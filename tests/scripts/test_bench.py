@@ -18,8 +18,8 @@ from benches.cases import CASES
 from benches.layers import larger
 from benches.turns import turns
 from benches.versions import ratios, verdict
-from device_tests import random_layer, random_rows
-from needs import needs
+from helpers.data import random_layer, random_rows
+from helpers.needs import needs
 
 from pipeline import Pipeline
 

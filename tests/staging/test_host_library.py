@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device_tests import assert_same_bits, random_layer, random_rows
+from helpers.data import assert_same_bits, random_layer, random_rows
 
 from pipeline import PipelineError, run_pipelined
 from pipeline.staging import host_library

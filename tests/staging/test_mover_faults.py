@@ -167,7 +167,7 @@ def ground_with(library: Any, fault: int, monkeypatch: pytest.MonkeyPatch) -> It
 
 
 def _some_rows() -> Any:
-    from device_tests import random_rows
+    from helpers.data import random_rows
 
     from pipeline.io.memory import ArrayRows
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from device_tests import DeviceTests, assert_same_bits, poisoned, random_layer, random_rows
+from helpers.data import assert_same_bits, poisoned, random_layer, random_rows
+from helpers.device_tests import DeviceTests
 from helpers.native_device import FAILURE, NATIVE, REFUSAL, NativeDevice, compiler, fake_driver
-from needs import IN_CI
+from helpers.needs import IN_CI
 
 import pipeline.devices.cpu
 from pipeline import FusedLinear, Pipeline
@@ -242,7 +243,7 @@ def test_native_mover_ends_its_thread_when_closed_and_when_forgotten() -> None:
 
 PROFILED = """
 import pipeline.devices.cpu
-from device_tests import random_layer, random_rows
+from helpers.data import random_layer, random_rows
 from helpers.native_device import NativeDevice
 pipeline.devices.cpu.CpuDevice = NativeDevice
 layer, x = random_layer(24, 31), random_rows(200, 24)

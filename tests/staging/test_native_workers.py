@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from device_tests import assert_same_bits, batches_of, poisoned, random_layer, random_rows, small_rings, wait_until
+from helpers.data import assert_same_bits, batches_of, poisoned, random_layer, random_rows
+from helpers.leaks import small_rings, wait_until
 
 from pipeline import FileFormatError, FusedLinear, OptionError, OutputError, Pipeline, PipelineError, run_pipelined
 from pipeline.arrays import HostArray, host_tensor

@@ -11,8 +11,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from device_tests import assert_same_bits, nothing_left_behind, random_layer, random_rows
+from helpers.data import assert_same_bits, random_layer, random_rows
 from helpers.ends import IN, LAYER, OUT, X, as_tensor
+from helpers.leaks import nothing_left_behind
 
 from pipeline import RawFile, run_pipelined
 from pipeline.arrays import HostArray
