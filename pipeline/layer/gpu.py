@@ -169,7 +169,9 @@ def launch_on_gpu(
 
     with torch.cuda.device(x.device.index):  # for the copies that torch makes
         x, weight = rows_for_kernel(x), rows_for_kernel(weight)
-        prepared = TensorWeights(weight, bias, epilogue, precision).prepare(x, out)
+        # Kept until all is queued: its memory would else be lent to the launch, as scratch memory.
+        weights = TensorWeights(weight, bias, epilogue, precision)
+        prepared = weights.prepare(x, out)
         if prepared is not None:
             prepared.queue(_stream_of(x))
 
