@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from helpers.data import assert_same_bits, poisoned, random_layer, random_rows
 from helpers.device_tests import DeviceTests
+from helpers.leaks import wait_until
 from helpers.native_device import FAILURE, NATIVE, REFUSAL, NativeDevice, compiler, fake_driver
 from helpers.needs import IN_CI
 
@@ -220,8 +222,11 @@ def test_native_movers_of_two_devices_share_the_workers(monkeypatch: pytest.Monk
 
 def test_native_mover_ends_its_thread_when_closed_and_when_forgotten() -> None:
     def mover_threads() -> int:
-        names = (Path(f"/proc/self/task/{each.name}/comm").read_text() for each in Path("/proc/self/task").iterdir())
-        return sum(name.strip() == "pipeline-mover" for name in names)
+        names = []
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended meanwhile
+                names.append((task / "comm").read_text().strip())
+        return names.count("pipeline-mover")
 
     before = mover_threads()
     layer, x = random_layer(24, 31), random_rows(400, 24)
@@ -230,7 +235,7 @@ def test_native_mover_ends_its_thread_when_closed_and_when_forgotten() -> None:
     assert mover_threads() == before + 1
     movers = movers_of(pipe)
     pipe.close()
-    assert mover_threads() == before
+    assert wait_until(lambda: mover_threads() == before), "the system lists a thread for a moment after it was joined"
     movers.close()  # again
 
     forgotten = open_pipeline(layer)
@@ -238,7 +243,7 @@ def test_native_mover_ends_its_thread_when_closed_and_when_forgotten() -> None:
     assert mover_threads() == before + 1
     del forgotten
     gc.collect()
-    assert mover_threads() == before
+    assert wait_until(lambda: mover_threads() == before)
 
 
 PROFILED = """
