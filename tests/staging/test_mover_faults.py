@@ -180,14 +180,19 @@ def test_control_without_a_fault_passes_all_checks(faulty: Any, monkeypatch: pyt
             check(ground)
 
 
+TRIES = 10  # of a check: most faults are races, which a busy machine can hide once
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_fault_in_c_is_caught(name: str, faulty: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     noticed: list[BaseException] = []  # with the frames of the check, and so the memory that C may still write to
-    with ground_with(faulty, list(FAULTS).index(name) + 1, monkeypatch) as ground:
-        try:
-            CHECKS[FAULTS[name].check](ground)
-        except (AssertionError, pytest.fail.Exception) as error:
-            noticed.append(error)
+    for _ in range(TRIES):
+        with ground_with(faulty, list(FAULTS).index(name) + 1, monkeypatch) as ground:
+            try:
+                CHECKS[FAULTS[name].check](ground)
+            except (AssertionError, pytest.fail.Exception) as error:
+                noticed.append(error)
+                break
     assert noticed, f"{name}: not noticed"
 
 
