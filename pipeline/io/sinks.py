@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pipeline.errors import OptionError
+from pipeline.errors import OptionError, PipelineError
 from pipeline.flow import Sink
 from pipeline.io import memory
 from pipeline.io.registry import SINKS, SinkOpener, SinkRequest
@@ -16,9 +16,14 @@ def open_sink(out: Any, request: SinkRequest) -> Sink:
 
     Raises:
         ShapeError, DTypeError, OptionError, OutputError, OutputExistsError: the result can't go there.
-        PipelineError: a third party's entry point for it can't be used.
+        PipelineError: a third party's entry point for it can't be used, or its opener returns no sink.
     """
     sink = memory.new_result(request) if out is None else _opener(out)(out, request)
+    if not isinstance(sink, Sink):
+        raise PipelineError(
+            f"the opener of a {type(out).__name__} returned a {type(sink).__name__}, expected a pipeline.Sink; correct "
+            f"what was registered for it"
+        )
     sink.cast = request.cast
     return sink
 

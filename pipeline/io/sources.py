@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numbers
 import os
 from collections.abc import Iterable
 from typing import Any
 
 from pipeline.dtypes import parse_dtype
-from pipeline.errors import InputError
+from pipeline.errors import InputError, PipelineError
 from pipeline.flow import Source
 from pipeline.io import batches
 from pipeline.io.registry import SOURCES, SourceOpener, SourceRequest
@@ -18,10 +19,16 @@ def open_source(value: Any, request: SourceRequest) -> Source:
 
     Raises:
         ShapeError, DTypeError, FileFormatError, InputError: it can't be streamed through this layer.
-        PipelineError: a third party's entry point for it can't be used.
+        PipelineError: a third party's entry point for it can't be used, or its opener returns no source.
     """
     source = _opener(value)(value, request)
+    if not isinstance(source, Source):
+        raise PipelineError(
+            f"the opener of a {type(value).__name__} returned a {type(source).__name__}, expected a pipeline.Source; "
+            f"correct what was registered for it"
+        )
     try:
+        _check_row_count(source)
         dtype = parse_dtype(source.dtype, f"{source.name} dtype")
         if dtype is not source.dtype:  # a type's name
             source.dtype = dtype
@@ -31,6 +38,12 @@ def open_source(value: Any, request: SourceRequest) -> Source:
         source.close()
         raise
     return source
+
+
+def _check_row_count(source: Source) -> None:
+    rows: Any = source.rows  # whatever a third party says
+    if rows is not None and (not isinstance(rows, numbers.Integral) or rows < 0):
+        raise InputError(f"{source.name} has {rows!r} rows, expected a whole number, or None where only its end tells")
 
 
 def _opener(value: Any) -> SourceOpener:

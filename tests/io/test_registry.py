@@ -86,6 +86,20 @@ def test_register_checks_what_an_outside_source_says(csv: Path) -> None:
         run_pipelined(pipeline.FusedLinear(np.ones((OUT, IN))), csv, devices="cpu")
 
 
+@pytest.mark.parametrize("rows", [-1, 50.0, "50"])
+def test_register_refuses_a_source_without_a_number_of_rows(rows: Any, csv: Path) -> None:
+    def opened(path: Any, request: pipeline.SourceRequest) -> pipeline.Source:
+        source = CsvSource(path, request)
+        source.rows = rows
+        return source
+
+    pipeline.register_source(".csv", opened)
+    with nothing_left_behind(csv.parent):
+        with pytest.raises(pipeline.InputError, match=rf"has {rows!r} rows, expected a whole number, or None"):
+            run_pipelined(LAYER, csv, csv.with_name("y.npy"), devices="cpu")
+    assert not csv.with_name("y.npy").exists()
+
+
 class Table:
     """A type from outside."""
 
@@ -130,6 +144,17 @@ def test_register_takes_a_known_place_only_when_told_to(kind: Any, known: Any) -
 def test_register_refuses_what_is_no_kind(kind: Any) -> None:
     with pytest.raises(OptionError, match=r"expected a suffix such as '\.csv', a type or a type's dotted name"):
         pipeline.register_source(kind, open_table)
+
+
+@pytest.mark.parametrize("returned", [None, X])
+def test_register_says_that_an_opener_returned_something_else(returned: Any) -> None:
+    pipeline.register_source(Table, lambda value, request: returned)
+    pipeline.register_sink(Table, lambda out, request: returned)
+    what = rf"the opener of a Table returned a {type(returned).__name__}, expected a pipeline\."
+    with pytest.raises(PipelineError, match=what + "Source"):
+        run_pipelined(LAYER, Table(X), devices="cpu")
+    with pytest.raises(PipelineError, match=what + "Sink"):
+        run_pipelined(LAYER, X, Table(X), devices="cpu")
 
 
 def test_register_refuses_openers_that_cannot_be_called() -> None:
