@@ -121,6 +121,8 @@ def open_sink(out: Any, request: SinkRequest) -> Sink:
         )
     if out.dtype is not None:
         check_out_dtype(out.element, request.dtype)
-    if out.shape is not None and request.rows is not None:
-        check_out(_sizes(out.shape, Path(out.path)), (request.rows, request.out_features))
+    if out.shape is not None:
+        sizes = _sizes(out.shape, Path(out.path))
+        rows = request.rows if request.rows is not None else next(iter(sizes), 0)  # only the source's end tells
+        check_out(sizes, (rows, request.out_features))
     return RawSink(out, check_path(os.fspath(out.path), request), request)

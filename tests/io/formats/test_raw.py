@@ -107,6 +107,8 @@ BAD: dict[str, tuple[Any, Any, type[Exception], list[str]]] = {
     "out: a bare path": (X, "{}/y.bin", OptionError, ["doesn't end in .npy", "pipeline.RawFile("]),
     "out: another type": (X, raw("{}/y.bin", "float16", None), DTypeError, ["out is float16", "float32"]),
     "out: another shape": (X, raw("{}/y.bin", None, (50, 4)), ShapeError, ["(50, 4)", "(50, 5)"]),
+    "out: another width, rows unknown": ([X], raw("{}/y.bin", None, (50, 4)), ShapeError, ["(50, 4)", "(50, 5)"]),
+    "out: 1-D, rows unknown": ([X], raw("{}/y.bin", None, (50,)), ShapeError, ["(50,)", "(50, 5)"]),
     "out: existing": (X, raw("{}/there.bin", None, None), OutputExistsError, ["there.bin exists", "overwrite"]),
     "out: the source": (raw("{}/x.bin"), raw("{}/x.bin", None, None), OutputError, ["x.bin exists"]),
 }
