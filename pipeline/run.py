@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
 import threading
 import time
@@ -127,11 +128,11 @@ class Run:
                     uninterrupted(thread.join)
 
     def _end_intake(self, feed: Feed) -> None:
-        self._sink.stop()
-        try:
-            uninterrupted(feed.stop)
-        except BaseException as error:  # a reader that hangs, or an interrupt; what made it stop comes first
-            self._errors.append(error)
+        for stop in (self._sink.stop, functools.partial(uninterrupted, feed.stop)):
+            try:
+                stop()
+            except BaseException as error:  # a reader that hangs, or an interrupt; what made it stop comes first
+                self._errors.append(error)
 
     def _fail(self, error: BaseException) -> None:
         self._errors.append(error)

@@ -23,6 +23,7 @@ from helpers.pipelines import LAYER, X, open_pipeline
 
 from pipeline import Pipeline
 from pipeline.errors import DTypeError, InputError
+from pipeline.io.memory import GrowingSink
 
 
 def test_run_refuses_a_generator_that_was_used() -> None:
@@ -118,6 +119,23 @@ def test_devices_interrupt_while_waiting_for_the_other(tmp_path: Path, monkeypat
         assert interrupted == [True], "the test wants the other device at work"
         assert list(tmp_path.iterdir()) == [] and "pipeline-sim" not in pipeline_threads()
         assert_same_bits(pipeline.run(X).out, LAYER(X))
+
+
+def test_run_ends_the_reader_of_an_iterable_where_the_sink_cannot_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error that ended the run comes first."""
+
+    def fails(name: str) -> Callable[..., None]:
+        def fail(*_: Any) -> None:
+            raise PlannedError(name)
+
+        return fail
+
+    for name in ("commit", "stop"):
+        monkeypatch.setattr(GrowingSink, name, fails(name))
+    with nothing_left_behind():
+        with open_pipeline() as pipeline:
+            with pytest.raises(PlannedError, match="commit"):
+                pipeline.run(X for _ in range(1_000_000))
 
 
 def test_pipeline_interrupt_leaves_it_ready() -> None:
