@@ -23,6 +23,7 @@ import numpy as np
 
 from pipeline.arrays import HostArray, address_of
 from pipeline.dtypes import DType
+from pipeline.errors import OptionError
 from pipeline.layer.base import DeviceLayer, Layer, Place
 from pipeline.rows import HOST, DeviceRows, Operation, Workers
 
@@ -183,6 +184,20 @@ class HostPlace(Place):
 
     def read(self, address: int, n_bytes: int) -> bytes:
         return ctypes.string_at(address, n_bytes)
+
+
+def layer_at(place: Place, layer: Layer, out_dtype: DType, chunk_rows: int) -> DeviceLayer:
+    """The layer at a place: see `Layer.on`.
+
+    Raises:
+        OptionError: what the layer returned isn't one.
+    """
+    found: object = layer.on(place, out_dtype, chunk_rows)
+    if not isinstance(found, DeviceLayer):
+        raise OptionError(
+            f"{type(layer).__name__}.on returned a {type(found).__name__}, expected a DeviceLayer; return one"
+        )
+    return found
 
 
 class NoLayer(DeviceLayer):

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar, cast
 
 from pipeline.arrays import HostArray, address_of
-from pipeline.devices.base import Device, NativeCopies, NoLayer
+from pipeline.devices.base import Device, NativeCopies, NoLayer, layer_at
 from pipeline.devices.cuda_events import CudaOperation, EventPool, PlainEvents
 from pipeline.devices.cuda_memory import (
     CudaMemory,
@@ -96,7 +96,8 @@ class CudaDevice(Device):
         self._itemsize = layer.dtype.itemsize
         self._rows_in = PitchedRows.aligned(layer.in_features * self._itemsize)
         self._out_features, self._out_row_bytes = layer.out_features, layer.out_features * out_dtype.itemsize
-        self._layer = layer.on(CudaPlace(self.ordinal, self._memory, self._control), out_dtype, chunk_rows)
+        place = CudaPlace(self.ordinal, self._memory, self._control)
+        self._layer = layer_at(place, layer, out_dtype, chunk_rows)
         call("cuStreamSynchronize", self._control)
         self.kernel, self.runs_as = self._layer.kernel, self._layer.runs_as
 

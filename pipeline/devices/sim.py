@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.arrays import HostArray
-from pipeline.devices.base import Device, HostPlace, NoLayer, aligned_memory, host_rows
+from pipeline.devices.base import Device, HostPlace, NoLayer, aligned_memory, host_rows, layer_at
 from pipeline.dtypes import DType
 from pipeline.errors import DriverError
 from pipeline.layer.base import DeviceLayer, Layer
@@ -153,7 +153,7 @@ class SimDevice(Device):
 
     def prepare(self, layer: Layer, out_dtype: DType, chunk_rows: int) -> None:
         self._layer, self._out_dtype = layer, out_dtype
-        self._on_host = layer.on(self._place, out_dtype, chunk_rows)
+        self._on_host = layer_at(self._place, layer, out_dtype, chunk_rows)
         self.kernel, self.runs_as = "simulated kernel", self._on_host.runs_as
 
     def allocate(self, chunk_rows: int, num_streams: int) -> None:

@@ -70,7 +70,7 @@ class FusedLinear(Layer):
     ) -> None:
         expected = "a NumPy array or a torch tensor; FusedLinear.from_file reads files, from_linear takes a Linear"
         check_weights(shape_of(weight, "weight", expected), None if bias is None else shape_of(bias, "bias", expected))
-        self.epilogue = _chosen_epilogue(scaling_factor, epilogue)
+        self._epilogue = _chosen_epilogue(scaling_factor, epilogue)
         self.weight, dtype = _own_weights(weight, "weight")
         self.bias: HostArray | None = None
         if bias is not None:
@@ -102,8 +102,21 @@ class FusedLinear(Layer):
         )
 
     @property
+    def epilogue(self) -> Epilogue:
+        """What is made of z. Another one may be set: later calls have it, an open Pipeline keeps what it began with."""
+        return self._epilogue
+
+    @epilogue.setter
+    def epilogue(self, epilogue: Epilogue) -> None:
+        chosen = _chosen_epilogue(1.0, epilogue)
+        chosen.check(self.out_features)
+        with self._lock:
+            self._epilogue = chosen
+            self._host_weights, self._gpu_weights, self._launches = None, {}, {}
+
+    @property
     def scaling_factor(self) -> float:
-        """That of a layer with the epilogue SigmoidScaleResidual.
+        """That of the epilogue SigmoidScaleResidual; setting it sets such an epilogue.
 
         Raises:
             AttributeError: the layer has another epilogue.
@@ -111,6 +124,10 @@ class FusedLinear(Layer):
         if not isinstance(self.epilogue, SigmoidScaleResidual):
             raise AttributeError(f"a layer with the epilogue {self.epilogue.name} has no scaling_factor")
         return self.epilogue.scaling_factor
+
+    @scaling_factor.setter
+    def scaling_factor(self, value: float) -> None:
+        self.epilogue = SigmoidScaleResidual(check_scaling_factor(value))
 
     @classmethod
     def from_linear(

@@ -14,7 +14,7 @@ from helpers.other_layer import TorchLayer, TorchOnDevice
 from pipeline import DTypeError, FusedLinear, OptionError, Pipeline, run_pipelined
 from pipeline.devices.base import HostPlace, host_rows
 from pipeline.dtypes import DTYPES, FLOAT32
-from pipeline.layer.base import Place
+from pipeline.layer.base import Layer, Place
 from pipeline.rows import HOST, DeviceRows
 
 
@@ -114,3 +114,13 @@ def test_host_place_keeps_what_it_gives() -> None:
     assert (rows.rows, rows.stride, rows.ordinal) == (3, 5, HOST)
     assert place.read(rows.address, 20) == array[0].tobytes()
     assert place.torch_device == "cpu" and place.allocate(100, "memory") % 256 == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_layer_that_gives_no_device_layer_is_named(device: str) -> None:
+    class Forgetful(Layer):
+        def on(self, place: Any, out_dtype: Any, chunk_rows: int) -> Any:
+            return None
+
+    with pytest.raises(OptionError, match=r"Forgetful.on returned a NoneType, expected a DeviceLayer"):
+        run_pipelined(Forgetful(4, 4, "float32"), np.ones((9, 4), np.float32), devices=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from helpers.layers import ROUNDING, TORCH_DTYPES, assert_close, carrier, fresh,
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import DTypeError, FusedLinear, InputError, OptionError, ShapeError
+from pipeline import DTypeError, FusedLinear, InputError, OptionError, ShapeError, SigmoidScaleResidual, run_pipelined
 from pipeline.arrays import to_float64
 from pipeline.layer.checks import check_gpu_out
 
@@ -308,3 +309,19 @@ def test_layer_can_be_pickled_and_copied() -> None:
     y = layer(x)  # fills the caches that aren't pickled
     for twin in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
         assert np.array_equal(twin(x), y)
+
+
+def test_layer_takes_another_epilogue_between_calls() -> None:
+    layer, x = new_layer(), fresh(3, 7, 8)
+    before = layer(x)
+    layer.scaling_factor = 3.0
+    assert layer.scaling_factor == 3.0 and not np.array_equal(layer(x), before)
+    assert_close(layer(x), layer.reference(x), "float32")
+    np.testing.assert_array_equal(run_pipelined(layer, x, devices="cpu").out, layer(x))
+    layer.epilogue = SigmoidScaleResidual(2.0)
+    np.testing.assert_array_equal(layer(x), before)
+    with pytest.raises(OptionError, match="epilogue is a float"):
+        layer.epilogue = 2.0  # type: ignore[assignment]
+    with pytest.raises(OptionError, match="scaling_factor is nan"):
+        layer.scaling_factor = math.nan
+    np.testing.assert_array_equal(layer(x), before)

@@ -39,6 +39,11 @@ class RawFile:
     dtype: Any = None
     shape: tuple[int, int] | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.path, (str, os.PathLike)):
+            what = type(self.path).__name__
+            raise InputError(f"path is a {what}, expected the path of a file; pass RawFile('x.bin', dtype, shape)")
+
     @property
     def element(self) -> DType:
         remedy = "pass the type of the elements in the file"

@@ -141,3 +141,9 @@ def test_raw_file_never_replaces_its_source(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is the source itself"):
         run_pipelined(LAYER, source, RawFile(tmp_path / "x.bin"), devices="cpu", overwrite=True)
     assert (tmp_path / "x.bin").read_bytes() == X.tobytes()
+
+
+@pytest.mark.parametrize("path", [5, None, b"x.bin"])
+def test_raw_file_refuses_what_is_no_path(path: Any) -> None:
+    with pytest.raises(InputError, match="expected the path of a file"):
+        RawFile(path, "float32", (3, 4))
