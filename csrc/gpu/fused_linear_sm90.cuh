@@ -153,7 +153,7 @@ struct FusedLinearSm90 {
     }
   };
 
-  // One thread: fills the ring, tile after tile.
+  // What the producer, one thread, does: it fills the ring, tile after tile.
   static __device__ __forceinline__ void produce(const Args& args, Ring ring, const Walk& walk, int k_tiles) {
     const unsigned stage_bytes = (args.x_box_rows + BLOCK_N) * kRowBytes;
     for (unsigned tile = blockIdx.x; tile < walk.tiles; tile += gridDim.x) {
@@ -265,8 +265,8 @@ struct FusedLinearSm90 {
     }
   }
 
-  // The same with promotion: each group of kPromoteEvery k-tiles starts the accumulators anew, small products of the
-  // whole group first, and its sums are added to `total`. `first_column` is the tile's.
+  // As `multiply`, with promotion: each group of kPromoteEvery k-tiles starts the accumulators anew, small products of
+  // the whole group first, and its sums are added to `total`. `first_column` is the tile's.
   static __device__ __forceinline__ void multiply_promoted(Accumulators (&total)[kParts], Ring& ring, int k_tiles,
                                                            unsigned first_row, unsigned first_column, unsigned lane) {
     constexpr int kGroup = Operands::kPromoteEvery;
@@ -281,7 +281,7 @@ struct FusedLinearSm90 {
       for (int i = 0; i < BLOCK_N / 4; ++i) leading[part][i] = __floats2bfloat162_rn(0.0f, 0.0f);
     }
     const int groups = k_tiles / kGroup;
-    const int groups_a_turn = fold_interval(k_tiles) / (kFoldTurns * kGroup);
+    const int groups_per_turn = fold_interval(k_tiles) / (kFoldTurns * kGroup);
 #pragma unroll 1
     for (int group = 0; group < groups; ++group) {
       unsigned stages[kGroup], unreleased[kGroup];
@@ -304,8 +304,8 @@ struct FusedLinearSm90 {
       }
       ptx::wgmma_commit();
       pin(d);
-      if (group % groups_a_turn == 0) {
-        set_some_aside(leading, total, (group / groups_a_turn - first_column / 8) % kFoldTurns);
+      if (group % groups_per_turn == 0) {
+        set_some_aside(leading, total, (group / groups_per_turn - first_column / 8) % kFoldTurns);
       }
       ptx::wgmma_wait<0>();
       pin(d);
@@ -458,7 +458,7 @@ struct FusedLinearSm90 {
     }
   }
 
-  // The same straight from registers, for a y that the copy engine can't write.
+  // Stores the same rows straight from registers, for a y that the copy engine can't write.
   static __device__ __forceinline__ void store_directly(const Args& args, const float* d, int row, int column,
                                                         const Finish& finish, unsigned lane) {
 #pragma unroll

@@ -59,7 +59,7 @@ __device__ __forceinline__ void mma_m16n8k16_fp16(float (&d)[4], const unsigned 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// The same with a 16 x 8 and b 8 x 8 of tf32: fp32 bits of which the low 13 are ignored.
+// As above, with a 16 x 8 and b 8 x 8 of tf32: fp32 bits of which the low 13 are ignored.
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"

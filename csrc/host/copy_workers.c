@@ -45,7 +45,7 @@ struct job {
   pool* owner;
   struct job* after;      // the next one in the queue
   int64_t grains, taken;  // `taken` is guarded by the pool's lock
-  int64_t grain_length, grains_a_row, rows_a_grain;
+  int64_t grain_length, grains_per_row, rows_per_grain;
   int64_t missing;  // elements by which the first grain of a row is shorter than the others
   int64_t start_ns, end_ns, position;
   atomic_int error;
@@ -108,14 +108,14 @@ static void cut_into_grains(job* j) {
     if (r->rows == 1) j->missing = (int64_t)((uintptr_t)r->target % (uintptr_t)kHugePageBytes) / itemsize;
   }
   j->grain_length = grain_bytes / itemsize;
-  j->grains_a_row = larger(1, (j->missing + r->length + j->grain_length - 1) / j->grain_length);
-  j->rows_a_grain = larger(1, grain_bytes / larger(1, r->length * itemsize));
+  j->grains_per_row = larger(1, (j->missing + r->length + j->grain_length - 1) / j->grain_length);
+  j->rows_per_grain = larger(1, grain_bytes / larger(1, r->length * itemsize));
   if (r->rows <= 0 || r->length <= 0) {
     j->grains = 0;
-  } else if (j->grains_a_row > 1) {
-    j->grains = r->rows * j->grains_a_row;
+  } else if (j->grains_per_row > 1) {
+    j->grains = r->rows * j->grains_per_row;
   } else {
-    j->grains = (r->rows + j->rows_a_grain - 1) / j->rows_a_grain;
+    j->grains = (r->rows + j->rows_per_grain - 1) / j->rows_per_grain;
   }
 }
 
@@ -203,12 +203,12 @@ typedef struct {
 
 static grain grain_of(job* j, int64_t number) {
   const copy_request* r = &j->request;
-  if (j->grains_a_row > 1) {
-    int64_t begin = number % j->grains_a_row * j->grain_length - j->missing, end = begin + j->grain_length;
-    int64_t row = number / j->grains_a_row, first = larger(begin, 0);
+  if (j->grains_per_row > 1) {
+    int64_t begin = number % j->grains_per_row * j->grain_length - j->missing, end = begin + j->grain_length;
+    int64_t row = number / j->grains_per_row, first = larger(begin, 0);
     return (grain){j, row, row + 1, first, (end < r->length ? end : r->length) - first, 0};
   }
-  int64_t row = number * j->rows_a_grain, end = row + j->rows_a_grain;
+  int64_t row = number * j->rows_per_grain, end = row + j->rows_per_grain;
   return (grain){j, row, end < r->rows ? end : r->rows, 0, r->length, 0};
 }
 
@@ -319,7 +319,7 @@ static void spin(pool* p) {
 
 // Sleeps until a signal, for a second at most. Called with the lock held.
 //
-// NOTE: glibc from 2.27 on can lose one of several signals (its bug 25847; not seen here). A worker that sleeps looks
+// NOTE: glibc from 2.27 on can lose one of several signals (its bug 25847). A worker that sleeps looks
 // for work once a second, so that a run would stand still for a second and not for good.
 static void sleep_until_work(pool* p) {
   struct timespec until;

@@ -211,5 +211,5 @@ class NoLayer(DeviceLayer):
 
 def host_rows(rows: HostArray) -> DeviceRows:
     """Host rows, each of them contiguous, for a layer on the host."""
-    stride = rows.strides[0] // rows.itemsize if len(rows) > 1 else rows.shape[1]  # of a single row it says nothing
+    stride = rows.strides[0] // rows.itemsize if len(rows) > 1 else rows.shape[1]  # a single row may have any
     return DeviceRows(HOST, address_of(rows), stride, len(rows), rows)

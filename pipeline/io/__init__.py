@@ -1,1 +1,1 @@
-"""Where rows come from (`sources`), where they go to (`sinks`), and the pinned memory between (`staging`)."""
+"""Where rows come from and go to: arrays, batches, files, and the registry of formats."""

@@ -75,7 +75,7 @@ class PreparedSplit:
         self._launch.queue(stream)
 
 
-# The same, but those of the last few hundred arguments are remembered: the operator splits its weight at each call.
+# Remembers the last few hundred: the operator splits its weight at each call.
 prepare_split = functools.lru_cache(maxsize=512)(PreparedSplit)
 
 

@@ -128,7 +128,7 @@ class _Pool:
     def __init__(self, threads: int) -> None:
         import torch
 
-        self._jobs: SimpleQueue[tuple[Callable[[], bool], Future[None]]] = SimpleQueue()
+        self._waiting: SimpleQueue[tuple[Callable[[], bool], Future[None]]] = SimpleQueue()
         # NOTE: set_num_threads is for the calling thread, and for threads that use torch for the first time afterwards.
         # The second part is undone here; a thread that hadn't used torch yet would take that value (torch 2.13).
         callers = torch.get_num_threads()
@@ -147,19 +147,19 @@ class _Pool:
         torch.set_num_threads(1)
         ready.set()
         while True:
-            work, future = self._jobs.get()
+            work, future = self._waiting.get()
             try:
                 more = work()
             except BaseException as error:  # handed to the caller by the future
                 future.set_exception(error)
             else:
                 if more:
-                    self._jobs.put((work, future))  # behind other callers' work, so that nobody waits long
+                    self._waiting.put((work, future))  # behind other callers' work, so that nobody waits long
                 else:
                     future.set_result(None)
 
     def submit(self, work: Callable[[], bool]) -> Future[None]:
         """Call `work` until it returns False."""
         future: Future[None] = Future()
-        self._jobs.put((work, future))
+        self._waiting.put((work, future))
         return future

@@ -24,10 +24,11 @@ from pipeline.arrays import (
 from pipeline.dtypes import DType, parse_dtype, parse_precision
 from pipeline.epilogues.base import Epilogue
 from pipeline.epilogues.sigmoid_scale_residual import SigmoidScaleResidual, check_scaling_factor
-from pipeline.errors import DTypeError, FileFormatError, InputError, OptionError, ShapeError
+from pipeline.errors import DTypeError, InputError, OptionError, ShapeError
 from pipeline.layer.base import DeviceLayer, Layer, Place
 from pipeline.layer.checks import check_gpu_out, check_out, check_rows, check_weights
 from pipeline.layer.host import HostLayer, HostWeights
+from pipeline.layer.weights_file import read_weights
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +169,7 @@ class FusedLinear(Layer):
             FileNotFoundError, PermissionError: no such file, or one that can't be read.
             ShapeError, DTypeError: the tensors make no layer.
         """
-        weight, bias = _read_safetensors(path)
+        weight, bias = read_weights(path)
         try:
             return cls(weight, bias, scaling_factor, epilogue=epilogue, precision=precision)
         except (ShapeError, DTypeError) as error:
@@ -326,29 +327,3 @@ def _chosen_epilogue(scaling_factor: Any, epilogue: Any) -> Epilogue:
 def _own_weights(value: Any, what: str) -> tuple[HostArray, DType]:
     array, dtype = host_view(value.detach().cpu() if is_torch(value) else value, what)
     return np.ascontiguousarray(array, dtype.carrier), dtype
-
-
-def _read_safetensors(path: str | os.PathLike[str]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    from safetensors import SafetensorError, safe_open
-
-    if not isinstance(path, (str, os.PathLike)):
-        raise InputError(f"path is a {type(path).__name__}, expected the path of a .safetensors file")
-    if os.path.isdir(path):
-        raise FileFormatError(f"{path} is a directory, expected a .safetensors file")
-    with open(path, "rb"):  # safetensors says "no such file" of one that may not be read, too
-        pass
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            found = [name for name in names if name == "weight" or name.endswith(".weight")]
-            if len(found) != 1:
-                raise FileFormatError(
-                    f"{path} holds the tensors {', '.join(sorted(names)[:8]) or '(none)'}, expected exactly one called "
-                    f"'weight' or '<prefix>.weight' (found {len(found)}); save the layer alone in a file"
-                )
-            bias_name = found[0].removesuffix("weight") + "bias"
-            return file.get_tensor(found[0]), file.get_tensor(bias_name) if bias_name in names else None
-    except SafetensorError as error:
-        raise FileFormatError(
-            f"{path} isn't a readable .safetensors file: {error}; write it with safetensors' save_file"
-        ) from error

@@ -16,7 +16,7 @@ class Transfer(ABC):
 
     @abstractmethod
     def queued(self) -> bool:
-        """Of a load: whether all its copies to the device are queued. Once this has said so, what is queued on the slot
+        """Whether all copies of a load to the device are queued. Once this has said so, what is queued on the slot
         comes after them."""
 
     @abstractmethod

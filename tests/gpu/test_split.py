@@ -53,7 +53,7 @@ def test_split_is_as_accurate_as_the_vendors_fp32(kind: str, in_features: int) -
 
 @pytest.mark.parametrize("in_features", [1024, 2048, 8192, 65536])
 def test_split_error_does_not_grow_with_in_features(in_features: int) -> None:
-    """Sums are folded every 512 of k, so that the total's size doesn't matter (csrc/operands.cuh)."""
+    """Sums are folded every 512 of k, so that the total's size doesn't matter (csrc/gpu/operands.cuh)."""
     torch.manual_seed(in_features)
     x, w = problem("normal", 256, 256, in_features)
     frobenius, _ = errors(product(x, w, "fp32"), x, w)

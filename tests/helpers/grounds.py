@@ -29,6 +29,7 @@ def native_ground() -> Ground:
         NativeWorkers(1),
         in_c,
         device.held,
+        waits=device.waits,
         refuse=lambda copies: fake_driver().fake_trouble(REFUSAL, copies),
         fail=lambda copies: fake_driver().fake_trouble(FAILURE, copies),
     )

@@ -50,6 +50,7 @@ class Ground:
     workers: Workers
     make: Callable[[Device, Workers, Rings], Mover]
     held: Callable[[str], AbstractContextManager[None]] = _not_held  # keeps a stage from beginning
+    waits: Callable[[str], bool] | None = None  # whether something is queued for a stage that is held
     refuse: Callable[[int], None] | None = None  # makes the driver refuse the copy after so many others
     fail: Callable[[int], None] | None = None  # makes it fail after it was queued
     patience_s: float = 10.0
@@ -351,6 +352,8 @@ def cancelling_waits_for_the_last_piece(ground: Ground) -> None:
             transfer = ground.load(x, 0) if stage == "H2D" else ground.store(y, 0)
             if stage == "H2D":
                 ground.wait(lambda transfer=transfer: transfer.queued(), "its one copy to be queued")
+            elif ground.waits is not None:
+                ground.wait(lambda stage=stage: ground.waits(stage), "its one copy to be queued")
             else:
                 for _ in range(20):
                     ground.look()

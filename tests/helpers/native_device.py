@@ -47,7 +47,7 @@ def fake_driver() -> Any:
         library = ctypes.CDLL(str(built))
     pointer = ctypes.c_void_p
     library.fake_open_stream.argtypes, library.fake_open_stream.restype = [ctypes.c_uint64], pointer
-    library.fake_close_stream.argtypes = library.fake_query.argtypes = [pointer]
+    library.fake_close_stream.argtypes = library.fake_query.argtypes = library.fake_waits.argtypes = [pointer]
     library.fake_pend.argtypes = library.fake_hold.argtypes = [pointer, ctypes.c_int]
     library.fake_new_event.restype = pointer
     return library
@@ -114,6 +114,10 @@ class NativeDevice(CpuDevice):
         fake_driver().fake_pend(event, 1)
         self._queue("kernel", slot, lambda: fake_driver().fake_pend(event, -1))
         return event
+
+    def waits(self, stage: str) -> bool:
+        """Whether something that C queued for "H2D" or "D2H" hasn't begun."""
+        return bool(fake_driver().fake_waits(self._streams[stage]))
 
     @contextmanager
     def held(self, stage: str) -> Iterator[None]:

@@ -85,6 +85,15 @@ void fake_hold(void* stream, int held) {
   pthread_mutex_unlock(&s->lock);
 }
 
+// Whether something is queued on a stream and hasn't begun.
+int fake_waits(void* stream) {
+  fake_stream* s = stream;
+  pthread_mutex_lock(&s->lock);
+  int waits = s->first != NULL;
+  pthread_mutex_unlock(&s->lock);
+  return waits;
+}
+
 void fake_close_stream(void* stream) {
   fake_stream* s = stream;
   pthread_mutex_lock(&s->lock);

@@ -35,7 +35,7 @@ class RawFile:
         shape: (rows, features). `out` may leave it out.
     """
 
-    path: str | os.PathLike[str]
+    path: Any
     dtype: Any = None
     shape: tuple[int, int] | None = None
 
