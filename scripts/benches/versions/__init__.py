@@ -29,7 +29,8 @@ from benches.versions.tree import Tree
 KINDS = ("kernel", "pinned", "ordinary", "short")
 PRECISIONS = ("bf16", "tf32", "fp32")
 SHORT_ROWS, SHORT_RUNS = 1024, 20
-BLOCK_ROWS = 8192  # of random numbers, which are made once
+BLOCK_ROWS = 8192  # random numbers are made once, for so many rows
+MATTERS = 0.01  # a smaller difference of two medians says nothing
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,9 @@ def ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def verdict(ratio: dict[str, float]) -> str:
-    """ "slower" or "faster" where three quarters of the rounds say so."""
+    """ "slower" or "faster" where three quarters of the rounds say so, and the medians differ enough to matter."""
+    if abs(ratio["of_medians"] - 1) < MATTERS:
+        return "within the spread"
     if ratio["lower_quartile"] > 1:
         return "slower"
     return "faster" if ratio["upper_quartile"] < 1 else "within the spread"

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benches.common import output_of
+from benches.common import ROOT, output_of
 
 WORKER = Path(__file__).parent / "worker.py"
 
@@ -51,8 +51,8 @@ class Tree:
         for folder, pattern in (("pipeline", "**/*.py"), ("csrc", "**/*.*")):
             for path in sorted((self.folder / folder).glob(pattern)):
                 digest.update(path.relative_to(self.folder).as_posix().encode() + path.read_bytes())
-        commit = ""
-        if (self.folder / ".git").exists():
+        commit = os.environ.get("PIPELINE_COMMIT", "") if self.folder == ROOT else ""  # a copy may have an older .git
+        if not commit and (self.folder / ".git").exists():
             commit = output_of("git", "-C", str(self.folder), "describe", "--always", "--abbrev=40", "--dirty")
         return {"commit": commit or "unknown", "sources_sha256": digest.hexdigest()[:16]}
 
