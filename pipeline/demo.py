@@ -120,7 +120,7 @@ def _write_random_npy(path: Path, rows: int, features: int) -> None:
 
 
 def _torch_loop(linear: torch.nn.Linear, scaling_factor: float, source: Path, out: Path, chunk_rows: int) -> None:
-    """The job as a plain loop over chunks: read, copy to the device, compute, copy back, write."""
+    """The same run as a plain loop over chunks: read, copy to the device, compute, copy back, write."""
     import numpy as np
     import torch
 

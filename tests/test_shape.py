@@ -1,4 +1,4 @@
-"""The shape of the code: short functions, small classes, files with one job."""
+"""The shape of the code: short functions, small classes, files about one thing."""
 
 from __future__ import annotations
 

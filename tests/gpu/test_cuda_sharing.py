@@ -97,7 +97,7 @@ def test_two_jobs_at_once_in_two_threads() -> None:
     results: dict[int, list[Any]] = {0: [], 1: []}
     errors: list[BaseException] = []
 
-    def job(number: int) -> None:
+    def stream(number: int) -> None:
         try:
             with open_pipeline(layers[number]) as pipeline:
                 for source in kinds(xs[number]):
@@ -105,7 +105,7 @@ def test_two_jobs_at_once_in_two_threads() -> None:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=job, args=(number,)) for number in range(2)]
+    threads = [threading.Thread(target=stream, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
