@@ -323,5 +323,8 @@ def test_native_mover_in_a_trace(tmp_path: Path) -> None:
             {s: f(i for i in intervals if i.stage == s and i.chunk == chunk) for s in STAGES}
             for f in (lambda own: min(i.start_s for i in own), lambda own: max(i.end_s for i in own))
         )
-        assert first["fill"] <= first["H2D"] and last["fill"] <= last["H2D"] <= first["kernel"] + 1e-3
-        assert last["kernel"] <= first["D2H"] + 1e-3 and first["D2H"] <= first["drain"] and last["D2H"] <= last["drain"]
+        late_s = 0.02  # a copy ends when the mover's thread sees that it has, which on a busy machine takes a while
+        assert first["fill"] <= first["H2D"] and last["fill"] <= last["H2D"] <= first["kernel"] + late_s
+        assert (
+            last["kernel"] <= first["D2H"] + late_s and first["D2H"] <= first["drain"] and last["D2H"] <= last["drain"]
+        )
