@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.data import assert_same_bits, random_layer, random_rows
+from helpers.epilogues import ScaledShift
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,17 +22,6 @@ from pipeline import FusedLinear, OptionError, Pipeline, ShapeError
 from pipeline.epilogues import SigmoidScaleResidual
 from pipeline.kernels import ARCHITECTURES, all_variants
 from pipeline.kernels.compile import compile_variant
-
-
-class ScaledShift(pipeline.Epilogue):
-    scale: float
-    shift: pipeline.ByFeature
-    cuda = "return parameters.scale * z + parameters.shift[column];"
-
-    def numpy(self, z: Any) -> Any:
-        return self.scale * z + self.shift
-
-    torch = numpy
 
 
 class Silu(pipeline.Epilogue):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.data import assert_same_bits, poisoned, random_rows
+from helpers.epilogues import ScaledShift
 from helpers.other_layer import TorchLayer
 
 import pipeline
@@ -18,17 +19,6 @@ from pipeline.devices.cuda import count_gpus
 torch = pytest.importorskip("torch")
 if not count_gpus():
     pytest.skip("no NVIDIA GPU", allow_module_level=True)
-
-
-class ScaledShift(pipeline.Epilogue):
-    scale: float
-    shift: pipeline.ByFeature
-    cuda = "return parameters.scale * z + parameters.shift[column];"
-
-    def numpy(self, z: Any) -> Any:
-        return self.scale * z + self.shift
-
-    torch = numpy
 
 
 class RowParity(pipeline.Epilogue):
