@@ -24,7 +24,7 @@ from pipeline import FusedLinear, Pipeline
 from pipeline.arrays import HostArray
 from pipeline.config import Staging
 from pipeline.errors import DriverError, FileFormatError
-from pipeline.instrument import STAGE_COLORS, STAGES, Ranges
+from pipeline.instrument import STAGE_COLORS, STAGES, Interval, Ranges
 from pipeline.report.trace import read_trace
 from pipeline.staging import host_library, native
 from pipeline.staging.movers import Movers
@@ -311,20 +311,26 @@ def test_native_mover_that_profilers_would_not_see_leaves_pieces_to_python(
 
 def test_native_mover_in_a_trace(tmp_path: Path) -> None:
     layer, x = random_layer(24, 31), random_rows(400, 24)
-    with open_pipeline(layer) as pipe:
-        stats = pipe.run(x, trace=tmp_path / "run.json").stats
-    timeline, _ = read_trace(tmp_path / "run.json")
-    intervals = timeline.devices["cpu"]
-    for stage in STAGES:
-        own = [each for each in intervals if each.stage == stage]
-        assert len(own) == stats.stages[stage].count and {each.chunk for each in own} == set(range(10))
-    for chunk in range(10):
-        first, last = (
-            {s: f(i for i in intervals if i.stage == s and i.chunk == chunk) for s in STAGES}
-            for f in (lambda own: min(i.start_s for i in own), lambda own: max(i.end_s for i in own))
-        )
-        late_s = 0.02  # a copy ends when the mover's thread sees that it has, which on a busy machine takes a while
-        assert first["fill"] <= first["H2D"] and last["fill"] <= last["H2D"] <= first["kernel"] + late_s
-        assert (
-            last["kernel"] <= first["D2H"] + late_s and first["D2H"] <= first["drain"] and last["D2H"] <= last["drain"]
-        )
+    for _ in range(5):
+        with open_pipeline(layer) as pipe:
+            stats = pipe.run(x, trace=tmp_path / "run.json").stats
+        timeline, _ = read_trace(tmp_path / "run.json")
+        intervals = timeline.devices["cpu"]
+        for stage in STAGES:
+            own = [each for each in intervals if each.stage == stage]
+            assert len(own) == stats.stages[stage].count and {each.chunk for each in own} == set(range(10))
+        # A copy ends when the mover's thread sees that it has: on a busy machine that may be after the kernel began.
+        if all(stages_follow(intervals, chunk) for chunk in range(10)):
+            return
+    pytest.fail("the stages of a chunk overlapped in each of five runs")
+
+
+def stages_follow(intervals: list[Interval], chunk: int) -> bool:
+    """Whether each stage of a chunk begins and ends after the one before, its kernel alone, by a millisecond."""
+    first, last = (
+        {s: f(i for i in intervals if i.stage == s and i.chunk == chunk) for s in STAGES}
+        for f in (lambda own: min(i.start_s for i in own), lambda own: max(i.end_s for i in own))
+    )
+    load = first["fill"] <= first["H2D"] and last["fill"] <= last["H2D"] <= first["kernel"] + 1e-3
+    store = first["D2H"] <= first["drain"] and last["D2H"] <= last["drain"]
+    return load and last["kernel"] <= first["D2H"] + 1e-3 and store
