@@ -55,7 +55,8 @@ class Case(Protocol):
         """What the machine must have."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Declare its options. `--json` is everyone's."""
+        """Declare its options, by itself none. `--json` is everyone's."""
+        return None
 
     def measure(self, options: argparse.Namespace) -> Iterator[Outcome]:
         """Build the contenders, time them in turns, check what they computed and print it. Yields all that has been

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benches.case import GPU, Outcome
+from benches.case import GPU, Case, Outcome
 from benches.common import summary
 from benches.layers import ALLOWED
 from benches.stream import peers
@@ -88,13 +88,10 @@ def show_file(found: dict[str, Any]) -> None:
     )
 
 
-class Files:
+class Files(Case):
     name = "file"
     about = __doc__
     needs = (GPU,)
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        pass
 
     def measure(self, options: argparse.Namespace) -> Iterator[Outcome]:
         from pipeline import Pipeline

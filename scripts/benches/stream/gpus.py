@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from benches.case import SEVERAL_GPUS, Outcome
+from benches.case import SEVERAL_GPUS, Case, Outcome
 from benches.stream.compare import ALLOWED_BF16, Contender, all_right, compare, show
 from benches.stream.rows import rows_for
 
@@ -19,13 +19,10 @@ def contenders(pipelines: dict[str, Any], ends: tuple[Any, Any], y: Any, allowed
     return {name: Contender(partial(pipe.run, *ends), y, allowed) for name, pipe in pipelines.items()}
 
 
-class Gpus:
+class Gpus(Case):
     name = "gpus"
     about = __doc__
     needs = (SEVERAL_GPUS,)
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        pass
 
     def measure(self, options: argparse.Namespace) -> Iterator[Outcome]:
         import torch

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benches.case import GPU, Outcome
+from benches.case import GPU, Case, Outcome
 from benches.stream import peers
 from benches.stream.compare import ALLOWED_BF16, Contender, all_right, compare, show
 from benches.stream.rows import Rows, rows_for
@@ -83,13 +83,10 @@ def to_fresh(rows: Rows, pipe: Any, rounds: int) -> dict[str, Any]:
     return {**found, "stats": pipe.run(x).stats.as_dict()}
 
 
-class Memory:
+class Memory(Case):
     name = "memory"
     about = __doc__
     needs = (GPU,)
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        pass
 
     def measure(self, options: argparse.Namespace) -> Iterator[Outcome]:
         from pipeline import Pipeline

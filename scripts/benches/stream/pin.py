@@ -6,18 +6,15 @@ import argparse
 import time
 from collections.abc import Iterator
 
-from benches.case import GPU, Outcome
+from benches.case import GPU, Case, Outcome
 from benches.stream.compare import Contender, all_right, compare, show
 from benches.stream.rows import rows_for
 
 
-class Pin:
+class Pin(Case):
     name = "pin"
     about = __doc__
     needs = (GPU,)
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        pass
 
     def measure(self, options: argparse.Namespace) -> Iterator[Outcome]:
         from pipeline import Pipeline, pin

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from benches.case import GPU, Outcome
+from benches.case import GPU, Case, Outcome
 from benches.common import GIB
 from benches.stream.compare import Contender, all_right, compare, show
 from benches.stream.rows import Rows, rows_for
@@ -35,13 +35,10 @@ def measure_shape(rows: Rows, rounds: int) -> dict[str, Any]:
     return found
 
 
-class Shapes:
+class Shapes(Case):
     name = "shapes"
     about = __doc__
     needs = (GPU,)
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        pass
 
     def measure(self, options: argparse.Namespace) -> Iterator[Outcome]:
         whole = rows_for(options)

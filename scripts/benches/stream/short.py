@@ -6,7 +6,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator
 
-from benches.case import GPU, Outcome
+from benches.case import GPU, Case, Outcome
 from benches.common import summary
 from benches.stream import peers
 from benches.stream.rows import rows_for
@@ -15,13 +15,10 @@ from benches.turns import timed, turns
 ROWS, WARM_UP, TURNS_PER_ROUND = 1024, 5, 20
 
 
-class Short:
+class Short(Case):
     name = "short"
     about = __doc__
     needs = (GPU,)
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        pass
 
     def measure(self, options: argparse.Namespace) -> Iterator[Outcome]:
         import torch

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from benches.case import GPU, Outcome
+from benches.case import GPU, Case, Outcome
 from benches.common import GIB, run_process, summary
 
 
@@ -20,13 +20,10 @@ def processes(gib: float) -> tuple[tuple[str, float, str, str], ...]:
     )
 
 
-class Start:
+class Start(Case):
     name = "start"
     about = __doc__
     needs = (GPU,)
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        pass
 
     def measure(self, options: argparse.Namespace) -> Iterator[Outcome]:
         results: dict[str, Any] = {}

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator
 from typing import Any
 
-from benches.case import GPU, Outcome
+from benches.case import GPU, Case, Outcome
 from benches.common import summary
 from benches.stream.rows import rows_for
 from benches.turns import turns
@@ -31,13 +31,10 @@ def settings() -> dict[str, dict[str, str]]:
     }
 
 
-class Sweep:
+class Sweep(Case):
     name = "sweep"
     about = __doc__
     needs = (GPU,)
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        pass
 
     def measure(self, options: argparse.Namespace) -> Iterator[Outcome]:
         from pipeline import Pipeline
