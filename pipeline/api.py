@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
 import warnings
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -145,11 +146,15 @@ class Pipeline:
             DeviceError: a device failed.
             Exception: what the source or the sink raised, with a note that names the chunk and the stage.
         """
+        return self._run(source, out, options, time.perf_counter())
+
+    def _run(self, source: Any, out: Any, options: Mapping[str, Any], called_s: float) -> Result:
+        """As `run`, of a call at `called_s` on the clock of time.perf_counter."""
         with self._turn():
             chosen = self.fleet.options.with_values(options)
             if chosen.trace is not None:
                 check_trace(chosen.trace)
-            value, record = run_dataset(self.fleet, source, out, chosen)
+            value, record = run_dataset(self.fleet, source, out, chosen, called_s)
             result = Result(value, functools.partial(stats_of, record))
             if chosen.trace is not None:
                 _write_trace(chosen.trace, record, result)
@@ -190,7 +195,7 @@ def _write_trace(path: Any, record: Record, result: Result) -> None:
     except Exception as error:  # whatever it is, the result is complete and must reach the caller
         reason = str(error) if isinstance(error, PipelineError) else f"{path}: {error!r}"
         text = f"the run is complete, but its timeline isn't written: {reason}"
-        warnings.warn(TraceWarning(text), stacklevel=4)
+        warnings.warn(TraceWarning(text), stacklevel=5)
 
 
 @takes_options(tuple(OPTIONS))
@@ -207,6 +212,7 @@ def run_pipelined(layer: Layer, source: Any, out: Any = None, **options: Any) ->
     Raises:
         InputError, OutputError, DeviceError: as `Pipeline` and `Pipeline.run`.
     """
+    called_s = time.perf_counter()
     chosen = RunOptions(**options).as_keywords()
     with Pipeline(layer, **{name: chosen[name] for name in PIPELINE_OPTIONS}) as pipeline:
-        return pipeline.run(source, out, **{name: chosen[name] for name in ONE_RUN_OPTIONS})
+        return pipeline._run(source, out, {name: chosen[name] for name in ONE_RUN_OPTIONS}, called_s)

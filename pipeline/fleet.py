@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from pipeline.devices.names import find_devices, open_device
 from pipeline.dtypes import FLOAT64, Cast, DType
 from pipeline.errors import DTypeError, OptionError
 from pipeline.flow import Sink, Source
-from pipeline.instrument import Ceilings
+from pipeline.instrument import STAGES, Ceilings, Recorder
 from pipeline.io.memory import ArrayRows
 from pipeline.layer.base import Layer
 from pipeline.options import RunOptions
@@ -149,9 +149,24 @@ class Fleet:
             old.close()
         self._note_ceilings()
 
+    def ceilings_of(self, recorders: Sequence[Recorder], run_s: float) -> dict[str, Ceilings]:
+        """What a run compares with, by the names of its devices, for the bytes that it moved in `run_s` seconds.
+
+        A run of all devices that beat what was measured, and was large enough to tell, raises it first.
+        """
+        if self._tuning.measured is None:
+            return {each.device: self.ceilings[each.device] for each in recorders if each.device in self.ceilings}
+        moved_bytes = {stage: sum(each.totals[stage].bytes for each in recorders) for stage in STAGES}
+        if len(recorders) == len(self._devices) and self._tuning.raise_to(moved_bytes, run_s):
+            self._note_ceilings()
+        found = self._tuning.measured.ceilings(moved_bytes, len(self._devices))
+        return {each.device: found for each in recorders}
+
     def _note_ceilings(self) -> None:
         if self._tuning.measured is not None:
-            found = self._tuning.measured.ceilings(*self.wire_row_bytes, len(self._devices))
+            in_bytes, out_bytes = self.wire_row_bytes
+            of_a_row = {"fill": in_bytes, "H2D": in_bytes, "D2H": out_bytes, "drain": out_bytes}
+            found = self._tuning.measured.ceilings(of_a_row, len(self._devices))
             self.ceilings = {device.name: found for device in self._devices}
 
     @property

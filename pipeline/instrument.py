@@ -99,7 +99,7 @@ KEPT_FOR_TRACE = 200_000
 
 
 class Recorder:
-    """The event record of one device in one run.
+    """The event record of one device in one run. `first_s` is when its first operation began, infinity without any.
 
     Totals cover the whole run; single operations are kept for the latest `keep` of them, so that memory stays flat
     however long a run is. Only the thread that runs the device's executor adds to it, each stage's operations in the
@@ -110,11 +110,14 @@ class Recorder:
         self.device = device
         self.totals = {stage: StageTotals() for stage in STAGES}
         self.intervals: deque[Interval] = deque(maxlen=keep)
+        self.first_s = float("inf")
 
     def add(self, stage: str, chunk: int, start_s: float, end_s: float, n_bytes: int = 0) -> None:
         interval = Interval(stage, chunk, start_s, end_s, n_bytes)
         self.totals[stage].add(interval)
         self.intervals.append(interval)
+        if start_s < self.first_s:
+            self.first_s = start_s
 
     @property
     def dropped(self) -> int:
@@ -124,10 +127,11 @@ class Recorder:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The most that one device and its host reach, as measured; None where nothing was measured.
+    """The most that one device and its host reach, as measured; None where nothing was measured, or nothing moved.
 
-    GB/s are 1e9 bytes a second. H2D and D2H are each direction's rate while the other one is busy as well; fill and
-    drain are the copy workers' rates while all other stages work. `origin` says when and how they were measured.
+    GB/s are 1e9 bytes a second. H2D and D2H are each direction's rate while the other one moves its bytes of the same
+    rows (`bus_rates`); fill and drain are the copy workers' rates while they do both for the same rows (`host_rates`).
+    `origin` says when and how they were measured.
     """
 
     h2d_gb_per_s: float | None = None
@@ -153,9 +157,23 @@ def bus_rates(
 ) -> tuple[float, float]:
     """GB/s of each direction of a bus that moves `in_bytes` one way for every `out_bytes` the other way.
 
-    A direction runs at the duplex rate while the other one is busy too, and alone at its own rate for the rest.
+    A direction runs at the duplex rate while the other one is busy too, and alone at its own rate for the rest. One
+    that moves nothing has its own rate.
     """
+    if not in_bytes or not out_bytes:
+        return h2d_gb_per_s, d2h_gb_per_s
     both = min(in_bytes, out_bytes)
     h2d_s = both / duplex_gb_per_s + (in_bytes - both) / h2d_gb_per_s
     d2h_s = both / duplex_gb_per_s + (out_bytes - both) / d2h_gb_per_s
     return in_bytes / h2d_s, out_bytes / d2h_s
+
+
+def host_rates(fill_bytes: float, drain_bytes: float, host_gb_per_s: float) -> tuple[float, float]:
+    """GB/s of fills and of drains by copy workers that fill `fill_bytes` for every `drain_bytes` that they drain.
+
+    They reach `host_gb_per_s` of either while they do as much of both. A byte takes them as long one way as the other.
+    """
+    together, bytes_moved = 2 * host_gb_per_s, fill_bytes + drain_bytes
+    if not bytes_moved:
+        return host_gb_per_s, host_gb_per_s
+    return together * fill_bytes / bytes_moved, together * drain_bytes / bytes_moved

@@ -21,22 +21,28 @@ from pipeline.io.registry import SinkRequest, SourceRequest
 from pipeline.io.sinks import open_sink
 from pipeline.io.sources import open_source
 from pipeline.options import Progress, RunOptions
-from pipeline.report.record import Ends, Record, Setup
+from pipeline.report.record import Ends, Parts, Record, Setup
 from pipeline.report.stats import ceiling_rows_per_s
 from pipeline.station import Station
 
 _numbers = itertools.count()  # the runs of this process are numbered, for profilers
 
 
-def run_dataset(fleet: Fleet, source: Any, out: Any, options: RunOptions) -> tuple[Any, Record]:
-    """Stream `source` to `out`, which are what the caller passed. Blocks; gives the result and the run's record."""
+def run_dataset(
+    fleet: Fleet, source: Any, out: Any, options: RunOptions, called_s: float | None = None
+) -> tuple[Any, Record]:
+    """Stream `source` to `out`, which are what the caller passed. Blocks; gives the result and the run's record.
+
+    The run's seconds count from `called_s`, on the clock of time.perf_counter; by default from now.
+    """
+    called_s = time.perf_counter() if called_s is None else called_s
     layer = fleet.layer
     opened = open_source(source, SourceRequest(layer.in_features, layer.dtype, fleet.is_pinned))
     try:
         request = SinkRequest(opened, layer.out_features, fleet.out_dtype, fleet.wire_out, options.overwrite)
         sink = open_sink(out, request)
         try:
-            run = Run(fleet, opened, sink, options)
+            run = Run(fleet, opened, sink, options, called_s)
             run.move_rows()
             value = sink.finish(run.rows)
             return value, run.completed()
@@ -50,8 +56,11 @@ def run_dataset(fleet: Fleet, source: Any, out: Any, options: RunOptions) -> tup
 class Run:
     """Moves every row of an opened source through a fleet's devices to a sink."""
 
-    def __init__(self, fleet: Fleet, source: Source, sink: Sink, options: RunOptions) -> None:
+    def __init__(self, fleet: Fleet, source: Source, sink: Sink, options: RunOptions, called_s: float) -> None:
         """Choose the devices that take part, and measure their copies where that pays.
+
+        The run's seconds count from `called_s`, on the clock of time.perf_counter. Where the first device has a clock
+        of its own, they count from now.
 
         Raises:
             OptionError: the ends don't go with the devices.
@@ -59,8 +68,10 @@ class Run:
         self._fleet, self._source, self._sink = fleet, source, sink
         self._exact_rows_before = self._exact_rows()
         self._stations = fleet.stations_for(source.tensor, sink.tensor)
+        first = self._stations[0].device
+        self._clock = first.now
+        self._called_s = called_s if first.host_clock else first.now()
         fleet.tune(source, sink)
-        self._clock = self._stations[0].device.now
         keep = KEPT if options.trace is None else KEPT_FOR_TRACE
         self._recorders = [Recorder(station.device.name, keep) for station in self._stations]
         self._chunk_rows = fleet.rows_per_chunk(source.rows, len(self._stations))
@@ -140,24 +151,31 @@ class Run:
 
     def completed(self) -> Record:
         """The record of this run, whose result is complete now."""
-        now_s = self._clock()
+        now_s, first_s = self._clock(), self._first_s()
         return Record(
-            setup=self._setup(),
+            setup=self._setup(self._moved_s - first_s),
             rows=self.rows,
-            start_s=self._start_s,
-            seconds=now_s - self._start_s,
-            finish_s=now_s - self._moved_s,
+            start_s=first_s,
+            parts=Parts(first_s - self._called_s, self._moved_s - first_s, now_s - self._moved_s),
             exact_rows=self._exact_rows() - self._exact_rows_before,
             recorders=self._recorders,
         )
 
-    def _setup(self) -> Setup:
+    def _first_s(self) -> float:
+        """When the first row began to move. A source that makes rows is asked for them from the start; what it takes
+        until the first ones come is its own, not set-up."""
+        first_s = min(recorder.first_s for recorder in self._recorders)
+        if self._source.where == "batches":
+            first_s = self._start_s
+        return min(max(first_s, self._start_s), self._moved_s)  # another device may have another clock
+
+    def _setup(self, run_s: float) -> Setup:
         fleet, layer, first = self._fleet, self._fleet.layer, self._stations[0]
         devices = {station.device.name: station.device.description for station in self._stations}
         pinned = sum(station.pinned_bytes for station in self._stations)
         return Setup(
             devices=devices,
-            ceilings={name: fleet.ceilings[name] for name in devices if name in fleet.ceilings},
+            ceilings=fleet.ceilings_of(self._recorders, run_s),
             kernel=first.device.kernel,
             precision=layer.precision if fleet.wire_in is layer.dtype else parse_precision(None, fleet.wire_in),
             runs_as=first.device.runs_as,
@@ -200,7 +218,7 @@ class Stream:
             source.close()
             raise OptionError(f"stream() takes an iterable of batches, got one {source.kind}; use run() for it")
         self._sink, self._wrap = sink, wrapper(source, fleet.out_dtype)
-        self._run = Run(fleet, source, sink, fleet.options)
+        self._run = Run(fleet, source, sink, fleet.options, time.perf_counter())
         # A daemon that is ended at exit: Python would wait for any other thread, and this one for the consumer.
         self._thread = threading.Thread(target=self._move_rows, name="pipeline-stream", daemon=True)
 

@@ -103,7 +103,7 @@ def test_fleet_is_shared_by_consecutive_runs(devices: Any, monkeypatch: pytest.M
             out, record = run_dataset(fleet, np.asfortranarray(x), None, options)
             assert_same_bits(out, LAYER(x))
             assert record.rows == len(x) and list(record.setup.devices) == fleet.device_names
-            assert 0 <= record.finish_s <= record.seconds and stats_of(record).rows == len(x)
+            assert 0 < record.parts.run_s <= record.parts.seconds and stats_of(record).rows == len(x)
         assert [station.device for station in fleet.stations] == opened, "they stay open"
         fleet.close()
         fleet.close()

@@ -59,6 +59,7 @@ class Device(ABC):
     kernel: str = ""  # what computes, for reports; set by prepare()
     runs_as: str = ""  # the precision that really runs; set by prepare()
     poison: bool = False  # overwrite pinned pieces between uses
+    host_clock: bool = True  # its clock is the host's, time.perf_counter
     has_bus: bool = False  # its memory is apart from the host's, and `for_copies` gives what measures the way between
 
     def now(self) -> float:

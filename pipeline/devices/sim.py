@@ -73,7 +73,7 @@ class SimDevice(Device):
     """See the module's docstring. `fail` maps a stage ("H2D", "kernel", "D2H") to the number of the operation of that
     stage, counted from 0, that fails with a DriverError."""
 
-    name, poison = "sim", True
+    name, poison, host_clock = "sim", True, False
 
     def __init__(self, hardware: Hardware | None = None, *, seed: int = 0, fail: dict[str, int] | None = None) -> None:
         self.hardware = hardware or Hardware()

@@ -16,14 +16,14 @@ from pipeline.plan.machine import Machine, of_gpus
 from pipeline.plan.memory import memory_of, problems
 from pipeline.plan.simulate import StageRates, simulate
 from pipeline.plan.workload import Workload, check
-
-_SHORT = 0.75  # a workload that reaches less of its bound's rate doesn't keep its lanes full
+from pipeline.report.advice import NEAR, NONE
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What a workload would reach. `limits` are rows per second that each part alone would allow, all GPUs together;
-    `bound` is the lowest of them, and `bound_share` how much of it is reached.
+    `lowest` names the lowest of them, and `lowest_share` is how much of it is reached. That limit is the `bound` where
+    it is nearly reached (75%, as in the reports of runs); else nothing is, "none": the lanes aren't kept full.
 
     Rates and seconds are None where the chunks don't fit a GPU: nothing was simulated.
     """
@@ -33,7 +33,8 @@ class Prediction:
     gb_per_s_out: float | None
     seconds: float | None
     bound: str
-    bound_share: float | None
+    lowest: str
+    lowest_share: float | None
     limits: dict[str, float]
     busy_shares: dict[str, float]  # one GPU's lanes, before storage and network limit them
     chunk_rows: int
@@ -52,13 +53,17 @@ class Prediction:
         limits = ", ".join(f"{name} {rows:,.0f}" for name, rows in sorted(self.limits.items(), key=lambda x: x[1]))
         busy = ", ".join(f"{stage} {share:.0%}" for stage, share in self.busy_shares.items() if share > 0)
         lines = [f"it would not run: {problem}" for problem in self.problems]
-        if self.rows_per_s is not None and self.seconds is not None and self.bound_share is not None:
-            short = "; its lanes are empty for much of the time: the job is short, or its chunks are few and large"
+        if self.rows_per_s is not None and self.seconds is not None and self.lowest_share is not None:
+            reached = f"at {self.lowest_share:.0%} of what it allows"
+            if self.bound == NONE:
+                reached = (
+                    f"at {self.lowest_share:.0%} of the lowest limit, {self.lowest}; the lanes are empty for "
+                    f"much of the time: the job is short, or its chunks are few and large"
+                )
             lines += [
                 f"{self.rows_per_s:,.0f} rows/s, {self.gb_per_s_in:.1f} GB/s in, {self.gb_per_s_out:.1f} GB/s out, "
                 f"{_duration(self.seconds)} in all, without start-up",
-                f"bound by {self.bound}, at {self.bound_share:.0%} of what it allows"
-                + (short if self.bound_share < _SHORT else ""),
+                f"bound by {self.bound}, {reached}",
                 f"a GPU's lanes: {busy}; chunks of {self.chunk_rows:,} rows",
             ]
         return [
@@ -89,7 +94,7 @@ def predict(work: Workload, machine: Machine) -> Prediction:
     most = options.most_chunk_rows(max(work.wire_row_bytes))
     chunk_rows = options.rows_per_chunk(-(-work.rows // work.hosts), work.gpus_per_host, most)
     limits = _limits(work, machine)
-    bound = min(limits, key=lambda name: limits[name])
+    lowest = min(limits, key=lambda name: limits[name])
     memory = memory_of(work, chunk_rows)
     rate = seconds = None
     busy_shares: dict[str, float] = {}
@@ -106,15 +111,17 @@ def predict(work: Workload, machine: Machine) -> Prediction:
         busy_shares = simulated.busy_shares
         stages_s = simulated.seconds + (rows_each - simulated.rows) / simulated.steady_rows_per_s
         run_us = machine.staged_run_us if work.staged_in or work.staged_out else machine.pinned_run_us
-        seconds = max(stages_s, work.rows / limits[bound]) + run_us * 1e-6
+        seconds = max(stages_s, work.rows / limits[lowest]) + run_us * 1e-6
         rate = work.rows / seconds
+    share = None if rate is None else rate / limits[lowest]
     return Prediction(
         rows_per_s=rate,
         gb_per_s_in=None if rate is None else rate * work.in_row_bytes / 1e9,
         gb_per_s_out=None if rate is None else rate * work.out_row_bytes / 1e9,
         seconds=seconds,
-        bound=bound,
-        bound_share=None if rate is None else rate / limits[bound],
+        bound=lowest if share is not None and share >= NEAR else NONE,
+        lowest=lowest,
+        lowest_share=share,
         limits=limits,
         busy_shares=busy_shares,
         chunk_rows=chunk_rows,

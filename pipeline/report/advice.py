@@ -1,23 +1,71 @@
-"""What bounds a run, and one sentence on what would make it faster."""
+"""What bounds a run, and one sentence on what would make it faster.
+
+The bound is the part of the run with the greatest share of its seconds (`largest`), if that is a stage that was near
+its limit all along while rows moved (from 75%), or set-up or finishing that took more than half of the seconds. Else
+nothing is: the bound is "none", and reports name the largest part without calling it the bound.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.report.record import Ends
-from pipeline.report.stages import StageStats, nearness
+from pipeline.report.record import Ends, Parts
+from pipeline.report.stages import StageStats, nearness, rate_text
 
+NONE, SET_UP, DISK, FINISH = "none", "set-up", "disk", "finish"  # what the bound may be besides a stage
+NEAR = 0.75  # a stage that is this near its limit bounds the run, and a plan's limit that is reached so far
+_MOST = 0.5  # more of the run's seconds than all the rest
 _AT_CEILING = 0.9  # from this share of the measured ceiling on, the hardware is used up
-_MOSTLY_BUSY = 0.75
 _MEMORY = Ends()
 
 
-def bound(stages: Mapping[str, StageStats], finish_share: float = 0.0) -> str:
-    """The stage nearest to its limit; "disk" where completing the result took more of the time than any was busy."""
-    nearest = max(stages, key=lambda name: nearness(stages[name]))
-    if not stages[nearest].count:
-        return "none"
-    return "disk" if finish_share > nearness(stages[nearest]) else nearest
+def largest(stages: Mapping[str, StageStats], parts: Parts, ends: Ends = _MEMORY) -> str:
+    """The part with the greatest share of the run's seconds, at its limit or not: "set-up", "disk" (finishing where the
+    result is a file) or "finish" (where it isn't), or a stage; "none" for an empty run. A stage's share is how near it
+    came to its limit while rows moved, of the time in which they did."""
+    if not any(stage.count for stage in stages.values()):
+        return NONE
+    shares_s = {name: nearness(stage) * parts.run_s for name, stage in stages.items() if stage.count}
+    shares_s |= {SET_UP: parts.setup_s, DISK if ends.target == "file" else FINISH: parts.finish_s}
+    return max(shares_s, key=lambda name: shares_s[name])
+
+
+def bound(stages: Mapping[str, StageStats], parts: Parts, ends: Ends = _MEMORY) -> str:
+    """The part that `largest` names where it is at its limit, else "none"."""
+    name = largest(stages, parts, ends)
+    if name in stages:
+        return name if nearness(stages[name]) >= NEAR else NONE
+    return name if _share(name, parts) > _MOST else NONE
+
+
+def _share(name: str, parts: Parts) -> float:
+    """Of the run's seconds, that set-up or finishing took."""
+    return (parts.setup_s if name == SET_UP else parts.finish_s) / parts.seconds if parts.seconds > 0 else 0.0
+
+
+def bound_text(
+    name: str, stages: Mapping[str, StageStats], parts: Parts, ends: Ends = _MEMORY, origin: str = ""
+) -> str:
+    """The bound in words, how much of the time it took and how near it came to its measured ceiling, which is of
+    `origin`; where nothing is the bound, the largest part instead. "" for an empty run."""
+    part = largest(stages, parts, ends) if name == NONE else name
+    if part == NONE:
+        return ""
+    text = (
+        f"bound by {name}: "
+        if name != NONE
+        else f"bound by none: nothing is at its limit all along; the largest part, {part}, "
+    )
+    if part not in stages:
+        said = {SET_UP: "passed before the first row moved"}.get(part, "went by after the last row was stored")
+        share = f"{_share(part, parts):.0%} of the time {said}"
+        return text + share if name != NONE else f"{text}took {_share(part, parts):.0%} of the time"
+    stage = stages[part]
+    text += f"{'was ' if name == NONE else ''}busy {stage.busy_share:.0%} of the time in which rows moved"
+    if stage.ceiling is not None and stage.ceiling_share is not None:
+        from_where = f" ({origin})" if origin else ""
+        text += f", at {stage.ceiling_share:.0%} of its ceiling of {rate_text(part, stage.ceiling)}{from_where}"
+    return text
 
 
 _MORE_WORKERS = "more copy workers where cores are idle"
@@ -33,25 +81,34 @@ _DRAIN_ADVICE = {
 }
 
 
-def advice(
-    stages: Mapping[str, StageStats],
-    runs_as: str,
-    on_cpu: bool,
-    ends: Ends = _MEMORY,
-    finish_share: float = 0.0,
-) -> str:
-    """One sentence: what would make a run with these stages faster."""
-    name = bound(stages, finish_share)
-    if name == "none":
+def advice(stages: Mapping[str, StageStats], parts: Parts, runs_as: str, on_cpu: bool, ends: Ends = _MEMORY) -> str:
+    """One sentence: what would make a run with these stages and parts faster. "" for an empty run."""
+    name = largest(stages, parts, ends)
+    if name == NONE:
         return ""
-    if name == "disk":
-        return "the disk still wrote when all rows were stored: a faster disk, or a narrower out_dtype"
-    stage = stages[name]
-    if nearness(stage) < _MOSTLY_BUSY:
+    if name not in stages:
+        return _PART_ADVICE[name]
+    if bound(stages, parts, ends) == NONE:
         return (
-            f"no stage is busy most of the time ({name} is for {stage.busy_share:.0%}): give more rows, larger "
-            f"chunk_rows or more num_streams, or a source that delivers sooner"
+            "no stage is at its limit all along: give more rows, larger chunk_rows or more num_streams, or a "
+            "source that delivers sooner"
         )
+    return _stage_advice(name, stages[name], runs_as, on_cpu, ends)
+
+
+_PART_ADVICE = {
+    SET_UP: (
+        "set-up takes longer than anything else: keep a Pipeline open, or call again in this process, or give more "
+        "rows at once; the first call of a process starts the devices, the first large one on a machine "
+        "measures its copies"
+    ),
+    DISK: "the disk still wrote when all rows were stored: a faster disk, or a narrower out_dtype",
+    FINISH: "putting the result together takes longer than anything else: pass an `out` for the rows to be stored in",
+}
+
+
+def _stage_advice(name: str, stage: StageStats, runs_as: str, on_cpu: bool, ends: Ends) -> str:
+    """For a run that this stage bounds."""
     if on_cpu and name in ("H2D", "kernel", "D2H"):
         return "the CPU computes and copies: a GPU, or more cores"
     if name in ("H2D", "D2H"):

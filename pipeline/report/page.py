@@ -18,6 +18,7 @@ from pipeline.report.picture import (
     drawn_lanes,
     excerpt,
     headline,
+    parts_text,
     uses_of,
     verdict,
     within,
@@ -69,6 +70,7 @@ def draw_html(path: Path, timeline: Timeline, stats: dict[str, Any] | None) -> N
     legend = "".join(f'<li><i style="background:{COLORS[s]}"></i><b>{s}</b> {_MEANINGS[s]}</li>' for s in STAGES)
     body = [
         f"<h1>{escape(headline(timeline, stats))}</h1>",
+        f"<p>{escape(parts_text(stats))}</p>" if parts_text(stats) else "",
         f'<p id="verdict">{escape(verdict(stats))}</p>',
         f'<p class="kernel">{escape(_what_ran(stats))}</p>' if stats else "",
         f'<ul class="legend">{legend}</ul>',
@@ -207,7 +209,7 @@ def _use_table(device: str, hardware: str, use: DeviceUse) -> str:
 
 
 def _stage_table(stats: dict[str, Any]) -> str:
-    """The whole run's stages against their ceilings as an HTML table."""
+    """All of the run's stages against their ceilings as an HTML table."""
     rows = []
     for name, stage in stats["stages"].items():
         if stage["count"]:
@@ -219,6 +221,8 @@ def _stage_table(stats: dict[str, Any]) -> str:
                 f"<td>{rate_text(name, stage['rate'])}</td><td>{share}</td><td>{ceiling}</td></tr>"
             )
     return (
-        '<h2>The whole run against its ceilings</h2><table class="stages"><tr><th>stage</th><th>GB</th><th>busy s</th>'
-        "<th>busy</th><th>rate</th><th>of its ceiling</th><th>ceiling</th></tr>" + "".join(rows) + "</table>"
+        '<h2>While rows moved, against the ceilings</h2><table class="stages"><tr><th>stage</th><th>GB</th>'
+        "<th>busy s</th><th>busy</th><th>rate</th><th>of its ceiling</th><th>ceiling</th></tr>"
+        + "".join(rows)
+        + "</table>"
     )

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.instrument import STAGE_COLORS, STAGES, Interval
-from pipeline.report.stages import rate_text
+from pipeline.report.advice import bound_text
+from pipeline.report.record import Ends, Parts
+from pipeline.report.stages import StageStats
 from pipeline.report.timeline import DeviceUse, Timeline, device_use, lanes_of
 
 COLORS = {stage: f"#{color:06X}" for stage, color in STAGE_COLORS.items()}
@@ -74,15 +76,22 @@ def headline(timeline: Timeline, stats: dict[str, Any] | None) -> str:
 
 def verdict(stats: dict[str, Any] | None) -> str:
     """The bound against its ceiling, and the advice."""
-    if stats is None or stats["bound"] == "none":
+    if stats is None or not stats["advice"]:
         return ""
-    if stats["bound"] == "disk":
-        return f"Bound by the disk, which wrote on after the last row. To go faster: {stats['advice']}."
-    stage = stats["stages"][stats["bound"]]
-    text = f"Bound by {stats['bound']}: busy {stage['busy_share']:.0%} of the run"
-    if stage["ceiling_share"] is not None:
-        text += f", at {stage['ceiling_share']:.0%} of its ceiling of {rate_text(stats['bound'], stage['ceiling'])}"
-    return f"{text}. To go faster: {stats['advice']}."
+    stages = {name: StageStats(**stage) for name, stage in stats["stages"].items()}
+    text = bound_text(stats["bound"], stages, _parts(stats), Ends(**stats.get("ends", {})))
+    return f"{text[0].upper()}{text[1:]}. To go faster: {stats['advice']}."
+
+
+def parts_text(stats: dict[str, Any] | None) -> str:
+    """Set-up, run and finish, where they matter."""
+    return "" if stats is None else _parts(stats).text()
+
+
+def _parts(stats: dict[str, Any]) -> Parts:
+    """Of the figures in a trace. Older ones have no set-up: their seconds count from the first chunk on."""
+    run_s = stats.get("run_s", stats["seconds"] - stats["finish_s"])
+    return Parts(stats.get("setup_s", 0.0), run_s, stats["finish_s"])
 
 
 def excerpt(operations: list[Interval], chunks: int = CHUNKS) -> tuple[float, float]:
@@ -150,7 +159,7 @@ def draw_png(path: Path, timeline: Timeline, stats: dict[str, Any] | None) -> No
     for each in (axes, bars):
         each.spines[["top", "right", "left"]].set_visible(False)
         each.tick_params(axis="y", length=0)
-    title = [headline(timeline, stats), verdict(stats)]
+    title = [headline(timeline, stats), parts_text(stats), verdict(stats)]
     first = next(iter(uses.values()))
     if first.kernel_hidden_share is not None:
         title.append(

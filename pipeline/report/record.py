@@ -9,6 +9,8 @@ from pipeline.config import Staging
 from pipeline.instrument import Ceilings, Recorder
 from pipeline.report.timeline import Timeline, from_recorders
 
+_NEARLY_ALL = 0.99
+
 
 @dataclass(frozen=True)
 class Ends:
@@ -16,6 +18,32 @@ class Ends:
 
     source: str = "memory"  # or "file", "batches", "device"
     target: str = "memory"  # or "fresh memory", "file", "device"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The seconds of a run, in the order in which they pass. Every one of them belongs to one part.
+
+    Set-up lasts from the call until the first row begins to move: devices, kernels, weights and rings are made ready,
+    source and sink are opened, the machine may be measured. (A source that makes rows is waited for while rows move.)
+    Then rows move until the last one is stored. Finishing lasts until the result is complete: a file is synced and
+    gets its name.
+    """
+
+    setup_s: float
+    run_s: float  # rows move
+    finish_s: float
+
+    @property
+    def seconds(self) -> float:
+        """From the call until the result is complete."""
+        return self.setup_s + self.run_s + self.finish_s
+
+    def text(self) -> str:
+        """The parts in one short line; "" where nearly all of the time rows moved."""
+        if self.run_s >= _NEARLY_ALL * self.seconds:
+            return ""
+        return f"set-up {self.setup_s:.3f} s, rows moved in {self.run_s:.3f} s, finishing {self.finish_s:.3f} s"
 
 
 @dataclass(frozen=True)
@@ -47,9 +75,8 @@ class Record:
 
     setup: Setup
     rows: int
-    start_s: float
-    seconds: float  # until the result was complete
-    finish_s: float  # the part of `seconds` after the last row was stored
+    start_s: float  # when the first row began to move
+    parts: Parts
     exact_rows: int  # computed in exact fp32 because of their range
     recorders: Sequence[Recorder]
 

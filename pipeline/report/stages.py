@@ -13,15 +13,18 @@ from pipeline.report.timeline import DeviceUse, causes_text
 class StageStats:
     """One stage over all devices of a run. `busy_s` counts overlapping operations of a device once.
 
-    `rate` is GB/s over the whole run, for the kernel TFLOP/s; `ceiling` is the same of the measured ceilings of all
-    devices together, None where a device has none. `waiting_for` gives the shares of the waiting time by cause (fill,
-    bus, kernel, drain, host), from the operations that were kept.
+    Rates and shares are over the time in which rows moved (`Stats.run_s`), without set-up and finishing. `rate` is
+    GB/s, for the kernel TFLOP/s; `ceiling` is the same of the measured ceilings of all devices together. It is None
+    where a device has none, and where the run was faster: what a run beats was measured too low. Where that run was
+    large enough to be a measurement, it has raised the ceiling already (`Tuning.raise_to`); a smaller one has no
+    ceiling to compare with. So no share is more than 1. `waiting_for` gives the shares of the waiting time by cause
+    (fill, bus, kernel, drain, host), from the operations that were kept.
     """
 
     count: int
     bytes: int
     busy_s: float
-    busy_share: float  # the part of the run's seconds, averaged over the devices
+    busy_share: float  # averaged over the devices
     waiting_s: float = 0.0
     waiting_for: dict[str, float] = field(default_factory=dict)
     rate: float = 0.0
@@ -50,27 +53,32 @@ def rate_text(stage: str, rate: float) -> str:
 
 def stage_stats(
     recorders: Sequence[Recorder],
-    seconds: float,
+    run_s: float,
     uses: Sequence[DeviceUse] = (),
     ceilings: Mapping[str, Ceilings] | None = None,
     flop: float = 0.0,
 ) -> dict[str, StageStats]:
-    """Totals of each stage over the devices' records of a run of `seconds`, whose kernels did `flop` operations."""
+    """Totals of each stage over the devices' records of a run in which rows moved for `run_s` seconds and kernels did
+    `flop` operations."""
     stages = {}
     known = [(ceilings or {}).get(recorder.device) for recorder in recorders]
     for name in STAGES:
         totals = [recorder.totals[name] for recorder in recorders]
         count, n_bytes = sum(total.count for total in totals), sum(total.bytes for total in totals)
-        busy_s = sum(total.busy_s for total in totals)
-        available_s = seconds * len(recorders)
+        # NOTE: a GPU's clock is tied to the host's to within some microseconds. By the host's clock all of it was seen
+        # to be done while rows moved.
+        busy_s = sum(min(total.busy_s, run_s) for total in totals)
+        available_s = run_s * len(recorders)
         each = [None if found is None else found.of(name) for found in known]
         ceiling = sum(value for value in each if value is not None) if each and None not in each else None
-        rate = (flop / 1e12 if name == "kernel" else n_bytes / 1e9) / seconds if seconds > 0 else 0.0
+        rate = (flop / 1e12 if name == "kernel" else n_bytes / 1e9) / run_s if run_s > 0 else 0.0
+        if ceiling is not None and rate > ceiling:
+            ceiling = None
         stages[name] = StageStats(
             count,
             n_bytes,
             busy_s,
-            busy_share=busy_s / available_s if available_s > 0 else 0.0,
+            busy_share=min(1.0, busy_s / available_s) if available_s > 0 else 0.0,  # a sum of parts may round up
             waiting_s=max(0.0, available_s - busy_s) if count else 0.0,
             waiting_for=_causes(uses, name) if count else {},
             rate=rate,
@@ -90,7 +98,7 @@ def _causes(uses: Sequence[DeviceUse], stage: str) -> dict[str, float]:
 
 
 def nearness(stage: StageStats) -> float:
-    """How near a stage came to its limit: the share of the time that it was busy or, where that is more, of its
-    measured ceiling. Fills and drains share the copy workers, whose ceiling is for both at once: they can be the limit
-    while each is busy half of the time."""
+    """How near a stage came to its limit while rows moved: the share of that time that it was busy or, where that is
+    more, of its measured ceiling. Fills and drains share the copy workers, whose ceiling is for both at once: they can
+    be the limit while each is busy half of the time."""
     return max(stage.busy_share, stage.ceiling_share or 0.0)

@@ -7,19 +7,30 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.instrument import Ceilings
-from pipeline.report.advice import advice, bound
-from pipeline.report.record import Ends, Record
-from pipeline.report.stages import StageStats, rate_text, stage_stats, stage_table
+from pipeline.report.advice import advice, bound, bound_text
+from pipeline.report.record import Ends, Parts, Record
+from pipeline.report.stages import StageStats, stage_stats, stage_table
 from pipeline.report.timeline import device_use
 
 
 @dataclass(frozen=True)
 class Stats:
-    """The figures of one run. Seconds are wall time, GB/s are 1e9 bytes per second."""
+    """The figures of one run. Seconds are wall time, GB/s are 1e9 bytes per second.
+
+    `seconds` count from the call until the result is complete. They are the sum of `setup_s`, `run_s` and `finish_s`
+    (see `Parts`), which a simulated device counts on its own clock, without what came before the device. Rates of the
+    run (`rows_per_s`, `gb_per_s_in`, `gb_per_s_out`, `tflops`) are over `seconds`; busy and waiting times, rates and
+    ceiling shares of `stages` are over `run_s`.
+
+    `bound` is the part of the run that is at its limit: a stage, "set-up", "disk" (finishing a file) or "finish" (any
+    other result). It is "none" where no part is, and for an empty run (see `bound` in pipeline/report/advice.py).
+    """
 
     rows: int
-    seconds: float  # until the result is complete
-    finish_s: float  # their part after the last row was stored: a file is synced and gets its name
+    seconds: float
+    setup_s: float  # until the first row began to move
+    run_s: float  # rows moved
+    finish_s: float  # after the last row was stored: a file is synced and gets its name
     rows_per_s: float
     bytes_in: int
     bytes_out: int
@@ -27,7 +38,7 @@ class Stats:
     gb_per_s_out: float
     tflops: float
     stages: dict[str, StageStats]
-    bound: str  # the stage nearest to its limit, or "disk" (see `bound`); "none" for an empty run
+    bound: str
     advice: str  # one sentence: what would make the run faster; "" for an empty run
     ceilings: dict[str, Ceilings]  # those devices have some whose buses were measured
     kernel_hidden_share: float | None  # the part of the kernels' time while a copy ran as well
@@ -47,6 +58,12 @@ class Stats:
     staging_origin: str  # where these two and the number of copy workers come from
     pinned_bytes: int
     source: str
+    ends: Ends  # where rows came from and went to
+
+    @property
+    def parts(self) -> Parts:
+        """The seconds by what went on in them."""
+        return Parts(self.setup_s, self.run_s, self.finish_s)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
@@ -69,9 +86,9 @@ class Stats:
             f"{self.staging_origin}",
             *stage_table(self.stages),
         ]
-        if self.finish_s > 0.01 * self.seconds:
-            out.append(f"completing the result took {self.finish_s:.3f} s after its last row was stored")
-        if self.bound != "none":
+        if self.parts.text():
+            out.append(self.parts.text())
+        if self.advice:
             out.append(self.bound_line())
             out.append(f"to go faster: {self.advice}")
         if self.kernel_hidden_share is not None:
@@ -79,33 +96,26 @@ class Stats:
         return out
 
     def bound_line(self) -> str:
-        """The bound, its use, and how near it came to its measured ceiling."""
-        if self.bound == "disk":
-            return (
-                f"bound by disk: {self.finish_s / self.seconds:.0%} of the time went by after the last row was stored"
-            )
-        stage = self.stages[self.bound]
-        text = f"bound by {self.bound}: busy {stage.busy_share:.0%} of the time"
-        if stage.ceiling is not None and stage.ceiling_share is not None:
-            origin = next((f" ({c.origin})" for c in self.ceilings.values() if c.origin), "")
-            text += f", at {stage.ceiling_share:.0%} of its ceiling of {rate_text(self.bound, stage.ceiling)}{origin}"
-        return text
+        """The bound, its use, and how near it came to its measured ceiling (`bound_text`)."""
+        origin = next((found.origin for found in self.ceilings.values() if found.origin), "")
+        return bound_text(self.bound, self.stages, self.parts, self.ends, origin)
 
 
 def stats_of(record: Record) -> Stats:
     """The figures of a run. That may take as long as a short run did."""
-    setup, rows, seconds = record.setup, record.rows, record.seconds
-    ends = setup.ends
-    finish_share = record.finish_s / seconds if seconds and ends.target == "file" else 0.0
+    setup, rows, parts = record.setup, record.rows, record.parts
+    ends, seconds = setup.ends, parts.seconds
     ceilings = {name: comparable(found, ends) for name, found in setup.ceilings.items()}
     bytes_in, bytes_out = rows * setup.in_row_bytes, rows * setup.out_row_bytes
     flop = 2 * rows * setup.in_features * setup.out_features
     uses = [device_use(operations) for operations in record.timeline().devices.values()]
-    stages = stage_stats(record.recorders, seconds, uses, ceilings, flop)
+    stages = stage_stats(record.recorders, parts.run_s, uses, ceilings, flop)
     return Stats(
         rows=rows,
         seconds=seconds,
-        finish_s=record.finish_s,
+        setup_s=parts.setup_s,
+        run_s=parts.run_s,
+        finish_s=parts.finish_s,
         rows_per_s=rows / seconds if seconds else 0.0,
         bytes_in=bytes_in,
         bytes_out=bytes_out,
@@ -113,8 +123,8 @@ def stats_of(record: Record) -> Stats:
         gb_per_s_out=bytes_out / seconds / 1e9 if seconds else 0.0,
         tflops=flop / seconds / 1e12 if seconds else 0.0,
         stages=stages,
-        bound=bound(stages, finish_share),
-        advice=advice(stages, setup.runs_as, next(iter(setup.devices)) == "cpu", ends, finish_share),
+        bound=bound(stages, parts, ends),
+        advice=advice(stages, parts, setup.runs_as, next(iter(setup.devices)) == "cpu", ends),
         ceilings=ceilings,
         kernel_hidden_share=mean_share([use.kernel_hidden_share for use in uses]),
         copy_hidden_share=mean_share([use.copy_hidden_share for use in uses]),
@@ -133,6 +143,7 @@ def stats_of(record: Record) -> Stats:
         staging_origin=setup.staging.origin,
         pinned_bytes=setup.pinned_bytes,
         source=setup.source,
+        ends=ends,
     )
 
 

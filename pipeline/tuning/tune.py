@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,11 +25,14 @@ from pipeline.arrays import HostArray
 from pipeline.config import GIB, MIB, Staging, cache_dir, cores, tuning
 from pipeline.devices.base import Device
 from pipeline.errors import DeviceMemoryError
-from pipeline.instrument import Ceilings, bus_rates
+from pipeline.instrument import Ceilings, bus_rates, host_rates
 from pipeline.staging.native import workers_kind
 from pipeline.tuning.measure import RING_BYTES, Copies
 
-PAYS_BYTES = 8 * GIB  # a run that moves as much, in and out together, may start with a measurement
+# A run that moves as much over the bus, in and out together, may start with a measurement. It is one itself as well:
+# caches hold little of its rows.
+PAYS_BYTES = 8 * GIB
+_ROUNDED_UP = 1 + 1e-9  # of a ceiling that was raised to a rate, the rate is at most all
 _BUDGET_S, _TRIAL_S = 1.5, 0.03
 _ROUNDS = 3
 _BETTER = 1.1  # by less than that, trials differ from each other: what suits most machines stays
@@ -55,20 +58,60 @@ class Measured:
     staged_gb_per_s: float
     seconds: float  # that the measurement took
     time: str  # when it was made, ISO 8601
+    raised: str = ""  # when a run last beat it and raised its ceilings, ISO 8601; "" where none did
 
     @property
     def origin(self) -> str:
         return f"measured on this machine at {self.time}"
 
+    @property
+    def ceilings_origin(self) -> str:
+        return f"{self.origin}, raised by a run at {self.raised}" if self.raised else self.origin
+
     def staging(self) -> Staging:
         return Staging(self.piece_bytes, self.ring_pieces, self.workers, origin=self.origin)
 
-    def ceilings(self, in_row_bytes: int, out_row_bytes: int, devices: int) -> Ceilings:
-        """Those of one of `devices` devices that were measured together, for rows of so many bytes on the bus."""
-        rates = (self.h2d_gb_per_s, self.d2h_gb_per_s, self.duplex_gb_per_s)
-        h2d, d2h = bus_rates(in_row_bytes, out_row_bytes, *(rate / devices for rate in rates))
-        host = self.host_gb_per_s / devices
-        return Ceilings(h2d, d2h, fill_gb_per_s=host, drain_gb_per_s=host, origin=self.origin)
+    def ceilings(self, moved_bytes: Mapping[str, float], devices: int) -> Ceilings:
+        """Those of one of `devices` devices that were measured together, for rows of which each stage moves so many
+        bytes; None for a stage that moves none."""
+        n = moved_bytes
+        bus = (self.h2d_gb_per_s, self.d2h_gb_per_s, self.duplex_gb_per_s)
+        rates = (*bus_rates(n["H2D"], n["D2H"], *bus), *host_rates(n["fill"], n["drain"], self.host_gb_per_s))
+        moves = (n["H2D"], n["D2H"], n["fill"], n["drain"])
+        h2d, d2h, fill, drain = (rate / devices if moved else None for rate, moved in zip(rates, moves, strict=True))
+        return Ceilings(h2d, d2h, fill, drain, origin=self.ceilings_origin)
+
+    def raised_to(self, moved_bytes: Mapping[str, float], run_s: float, when: str) -> Measured:
+        """With the rates raised that a run beat whose stages moved so many bytes in `run_s` seconds; itself where it
+        beat none.
+
+        The least that it proves: a direction of the bus moved as many bytes with the other one busy as that one moved,
+        and the rest alone; the rates that this takes are raised by the same factor, so that it would have taken just
+        `run_s`. A direction alone is at least as fast as with the other one busy. Copy workers: see `host_rates`.
+        """
+        gb = {stage: n / 1e9 for stage, n in moved_bytes.items()}
+        both = min(gb["H2D"], gb["D2H"])
+        h2d, d2h, duplex = self.h2d_gb_per_s, self.d2h_gb_per_s, self.duplex_gb_per_s
+        h2d_load = (both / duplex + (gb["H2D"] - both) / h2d) / run_s
+        d2h_load = (both / duplex + (gb["D2H"] - both) / d2h) / run_s
+        host_load = (gb["fill"] + gb["drain"]) / (2 * self.host_gb_per_s) / run_s
+        if max(h2d_load, d2h_load, host_load) <= 1:
+            return self
+        factor, host_factor = (load * _ROUNDED_UP if load > 1 else 1.0 for load in (max(h2d_load, d2h_load), host_load))
+        if both:
+            duplex *= factor
+        if gb["H2D"] > both:
+            h2d *= factor
+        if gb["D2H"] > both:
+            d2h *= factor
+        return replace(
+            self,
+            h2d_gb_per_s=max(h2d, duplex),
+            d2h_gb_per_s=max(d2h, duplex),
+            duplex_gb_per_s=duplex,
+            host_gb_per_s=self.host_gb_per_s * host_factor,
+            raised=when,
+        )
 
 
 class Tuning:
@@ -112,6 +155,28 @@ class Tuning:
             self.measured = measured_with(copies, time.perf_counter, _BUDGET_S)
         save(self._facts, self.measured)
 
+    def raise_to(self, moved_bytes: Mapping[str, float], run_s: float) -> bool:
+        """Raise what was measured where a run beat it whose stages moved so many bytes in `run_s` seconds, here and in
+        the file; whether it did.
+
+        Only a run of 8 GiB over the bus counts: rows of a smaller one may have come out of a cache. It counts over all
+        of the time in which rows moved, so its rates are no bursts.
+        """
+        if self.measured is None or moved_bytes["H2D"] + moved_bytes["D2H"] < PAYS_BYTES:
+            return False
+        raised = self.measured.raised_to(moved_bytes, run_s, _now())
+        if raised == self.measured:
+            return False
+        kept = load(self._facts)  # other processes may have raised it, or measured anew
+        self.measured = raised if kept is None else kept.raised_to(moved_bytes, run_s, _now())
+        if self.measured != kept:
+            save(self._facts, self.measured)
+        return True
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
 
 def measured_with(copies: Copies, now: Callable[[], float], budget_s: float) -> Measured:
     """Ceilings first, then the search in what is left of the budget."""
@@ -120,9 +185,8 @@ def measured_with(copies: Copies, now: Callable[[], float], budget_s: float) -> 
     h2d, d2h, duplex = (rate / 1e9 for rate in copies.bus(first))
     best, staged = search(copies.staged, first, lambda: now() - start_s < budget_s)
     host = copies.host(best) / 1e9
-    when = datetime.now(UTC).isoformat(timespec="seconds")
     rates = (h2d, d2h, duplex, host, staged / 1e9)
-    return Measured(best.piece_bytes, best.ring_pieces, best.workers, *rates, now() - start_s, when)
+    return Measured(best.piece_bytes, best.ring_pieces, best.workers, *rates, now() - start_s, _now())
 
 
 def search(rate: Callable[[Staging], float], first: Staging, time_left: Callable[[], bool]) -> tuple[Staging, float]:

@@ -18,20 +18,9 @@ from pipeline import Pipeline, Progress, run_pipelined
 from pipeline.config import MIB, Staging
 from pipeline.devices.sim import Hardware, SimDevice
 from pipeline.instrument import STAGES, Ceilings, Recorder
-from pipeline.report.advice import advice, bound
-from pipeline.report.record import Ends, Record, Setup
-from pipeline.report.stages import StageStats, stage_stats
+from pipeline.report.record import Ends, Parts, Record, Setup
+from pipeline.report.stages import stage_stats
 from pipeline.report.stats import ceiling_rows_per_s, stats_of
-
-
-def stages(**busy_shares: float) -> dict[str, StageStats]:
-    """Stages of a run; those that were busy most of the time were near their ceilings."""
-    return {
-        name: StageStats(1, 0, 0.0, busy_shares[name], ceiling_share=0.95 if busy_shares[name] > 0.9 else None)
-        if name in busy_shares
-        else StageStats(0, 0, 0.0, 0.0)
-        for name in STAGES
-    }
 
 
 def test_stats_compare_with_the_ceilings_of_all_devices() -> None:
@@ -47,50 +36,6 @@ def test_stats_compare_with_the_ceilings_of_all_devices() -> None:
     assert stage_stats(recorders, 2.0)["H2D"].ceiling is None
 
 
-@pytest.mark.parametrize(
-    ("busy", "runs_as", "said"),
-    [
-        ({"H2D": 0.99}, "tf32", "bfloat16 or float16"),
-        ({"D2H": 0.99}, "bfloat16", "the bus is used up: another GPU"),
-        ({"kernel": 0.99, "H2D": 0.2}, "ieee", "precision='tf32'"),
-        ({"kernel": 0.99}, "bfloat16", "arithmetic is used up: another GPU"),
-        ({"fill": 0.99}, "tf32", "copying from the source"),
-        ({"drain": 0.99}, "tf32", "storing the result"),
-        ({"H2D": 0.3, "kernel": 0.2}, "tf32", "no stage is busy most of the time (H2D is for 30%)"),
-        ({}, "tf32", ""),
-    ],
-)
-def test_advice_goes_by_the_bound(busy: dict[str, float], runs_as: str, said: str) -> None:
-    text = advice(stages(**busy), runs_as, on_cpu=False)
-    assert said in text and "\n" not in text
-    assert bool(text) == (bound(stages(**busy)) != "none")
-
-
-def test_advice_tells_a_busy_bus_from_a_used_up_one() -> None:
-    slow = {**stages(), "H2D": StageStats(1, 0, 0.0, 0.98, ceiling_share=0.5)}
-    assert "only 50% of what it can" in advice(slow, "tf32", on_cpu=False)
-    assert "a GPU" in advice(stages(kernel=0.99), "ieee", on_cpu=True)
-
-
-@pytest.mark.parametrize(
-    ("busy", "ends", "said"),
-    [
-        ("fill", Ends("file"), "reading the file"),
-        ("fill", Ends("batches"), "gathering batches"),
-        ("drain", Ends("file", "file"), "writing the file"),
-        ("drain", Ends("memory", "fresh memory"), "written before"),
-    ],
-)
-def test_advice_goes_by_where_rows_come_from_and_go(busy: str, ends: Ends, said: str) -> None:
-    assert said in advice(stages(**{busy: 0.99}), "tf32", on_cpu=False, ends=ends)
-
-
-def test_disk_that_writes_after_the_last_row_is_the_bound() -> None:
-    found = stages(H2D=0.5, kernel=0.3)
-    assert (bound(found, 0.4), bound(found, 0.6)) == ("H2D", "disk")
-    assert "a faster disk" in advice(found, "tf32", on_cpu=False, finish_share=0.6)
-
-
 @pytest.mark.parametrize("slow_s", [0.0, 0.3])
 def test_seconds_of_a_run_hold_what_completing_its_result_took(
     slow_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -102,7 +47,8 @@ def test_seconds_of_a_run_hold_what_completing_its_result_took(
     assert slow_s <= stats.finish_s <= stats.seconds <= time.perf_counter() - start
     assert stats.rows_per_s == pytest.approx(300 / stats.seconds)
     if slow_s:
-        assert stats.bound == "disk" and "bound by disk" in str(stats) and "after its last row" in str(stats)
+        assert stats.bound == "disk" and "bound by disk" in str(stats) and "after the last row" in str(stats)
+        assert f"finishing {stats.finish_s:.3f} s" in str(stats)
 
 
 def test_files_are_not_compared_with_the_ceilings_of_memory(tmp_path: Path) -> None:
@@ -113,16 +59,6 @@ def test_files_are_not_compared_with_the_ceilings_of_memory(tmp_path: Path) -> N
         of_memory = pipeline.run(np.asfortranarray(random_rows(300, 24)), np.empty((300, 16), np.float32)).stats.stages
     assert stages["fill"].ceiling is stages["drain"].ceiling is None and stages["H2D"].ceiling == 1.0
     assert of_memory["fill"].ceiling == 1.0
-
-
-def test_copy_workers_at_their_ceiling_are_the_bound_though_neither_fill_nor_drain_is_always_busy() -> None:
-    found = {
-        **stages(),
-        "fill": StageStats(1, 0, 0.0, 0.64, ceiling_share=0.88),
-        "H2D": StageStats(1, 0, 0.0, 0.79, ceiling_share=0.71),
-        "drain": StageStats(1, 0, 0.0, 0.45, ceiling_share=0.87),
-    }
-    assert bound(found) == "fill" and "copy workers" in advice(found, "tf32", on_cpu=False)
 
 
 def test_ceiling_in_rows_is_that_of_the_slowest_part() -> None:
@@ -170,9 +106,9 @@ def test_stats_add_up(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("D2H", "drain"):
         assert stats.stages[name].bytes == out.nbytes
     for stage in stats.stages.values():
-        assert 0 < stage.busy_s <= stats.seconds * 1.001 and 0 < stage.busy_share <= 1.001
+        assert 0 < stage.busy_s <= stats.run_s and 0 < stage.busy_share <= 1
         assert stage.count >= 13
-    assert stats.bound == max(stats.stages, key=lambda name: stats.stages[name].busy_share)
+    assert stats.seconds == stats.setup_s + stats.run_s + stats.finish_s and min(stats.setup_s, stats.finish_s) >= 0
     assert stats.kernel_hidden_share is not None and 0 <= stats.kernel_hidden_share <= 1
     assert stats.copy_hidden_share is not None and 0 <= stats.copy_hidden_share <= 1
     assert list(stats.devices) == [device] and stats.kernel and stats.copy_workers and stats.source == "NumPy array"
@@ -242,11 +178,14 @@ def test_stats_are_made_from_the_record_alone() -> None:
         source="NumPy array",
         ends=Ends("memory", "file"),
     )
-    record = Record(setup, rows=4 * 10**6, start_s=10.0, seconds=8.0, finish_s=3.0, exact_rows=7, recorders=[recorder])
+    parts = Parts(setup_s=0.5, run_s=3.0, finish_s=4.5)
+    record = Record(setup, rows=4 * 10**6, start_s=10.0, parts=parts, exact_rows=7, recorders=[recorder])
     stats = stats_of(record)
+    assert (stats.seconds, stats.setup_s, stats.run_s, stats.finish_s) == (8.0, 0.5, 3.0, 4.5)
     assert (stats.rows_per_s, stats.gb_per_s_in, stats.gb_per_s_out, stats.chunks) == (500_000, 1.0, 0.5, 4)
     assert stats.tflops == pytest.approx(2 * 4e6 * 500 * 250 / 8e12)
-    assert stats.stages["H2D"].ceiling_share == 0.25 and stats.stages["H2D"].busy_share == 0.25
+    h2d = stats.stages["H2D"]
+    assert (h2d.busy_share, h2d.rate, h2d.ceiling_share) == pytest.approx((2 / 3, 8 / 3, 2 / 3)), "while rows moved"
     assert stats.ceilings["cuda:0"].fill_gb_per_s == 9.0 and stats.ceilings["cuda:0"].drain_gb_per_s is None
     assert stats.bound == "disk" and stats.exact_rows == 7 and stats.copy_hidden_share is not None
     assert json.loads(json.dumps(stats.as_dict()))["staging_origin"] == "defaults"

@@ -32,6 +32,11 @@ MEASURED = tune.Measured(4 * MIB, 5, 3, 55.0, 54.0, 50.0, 60.0, 45.0, 0.9, "2026
 FACTS = {"cpu": "one", "cores": 2, "devices": ["GPU"], "copy_workers": "native"}
 
 
+def moved(in_bytes: float, out_bytes: float) -> dict[str, float]:
+    """What stages move that stage both ends."""
+    return {"fill": in_bytes, "H2D": in_bytes, "kernel": 0, "D2H": out_bytes, "drain": out_bytes}
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIPELINE_CACHE_DIR", str(tmp_path / "cache"))
@@ -293,11 +298,14 @@ def test_measurement_that_cant_be_kept_is_reported(own_cache: Path) -> None:
 
 
 def test_ceilings_follow_the_bytes_that_cross_each_way_and_the_devices_that_share_the_bus() -> None:
-    square = MEASURED.ceilings(1000, 1000, devices=2)
+    square = MEASURED.ceilings(moved(1000, 1000), devices=2)
     assert (square.h2d_gb_per_s, square.d2h_gb_per_s, square.fill_gb_per_s, square.drain_gb_per_s) == (25, 25, 30, 30)
-    wide = MEASURED.ceilings(1000, 100, devices=1)
+    wide = MEASURED.ceilings(moved(1000, 100), devices=1)
     assert wide.h2d_gb_per_s == pytest.approx(1000 / (100 / 50 + 900 / 55))
     assert wide.d2h_gb_per_s == pytest.approx(50)
+    assert wide.fill_gb_per_s == pytest.approx(120 * 1000 / 1100), "fills and drains share the workers"
+    alone = MEASURED.ceilings({**moved(1000, 0), "fill": 0}, devices=1)
+    assert (alone.h2d_gb_per_s, alone.d2h_gb_per_s, alone.fill_gb_per_s, alone.drain_gb_per_s) == (55, None, None, None)
     assert MEASURED.time in wide.origin
 
 

@@ -31,7 +31,7 @@ def measure_shape(rows: Rows, rounds: int) -> dict[str, Any]:
         for name, both in ends.items():
             stats = pipe.run(*both).stats
             found[f"stats_{name}"] = stats.as_dict()
-            found[f"bound_{name}"] = stats.bound, nearness(stats.stages[stats.bound])
+            found[f"bound_{name}"] = stats.bound, max(map(nearness, stats.stages.values()))
     return found
 
 
@@ -50,6 +50,6 @@ class Shapes(Case):
             results[title] = found = measure_shape(part, options.rounds)
             show(title, found)
             for name in ("pinned", "ordinary"):
-                print("  {}: bound by {}, at {:.2f} of its limit".format(name, *found[f"bound_{name}"]))
+                print("  {}: bound by {}, {:.2f} of a limit reached".format(name, *found[f"bound_{name}"]))
             yield Outcome(results, all_right(results))
         whole.fill()
