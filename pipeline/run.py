@@ -162,11 +162,8 @@ class Run:
         )
 
     def _first_s(self) -> float:
-        """When the first row began to move. A source that makes rows is asked for them from the start; what it takes
-        until the first ones come is its own, not set-up."""
+        """When the first row began to move."""
         first_s = min(recorder.first_s for recorder in self._recorders)
-        if self._source.where == "batches":
-            first_s = self._start_s
         return min(max(first_s, self._start_s), self._moved_s)  # another device may have another clock
 
     def _setup(self, run_s: float) -> Setup:

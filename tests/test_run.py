@@ -21,7 +21,9 @@ from helpers.data import assert_same_bits, batches_of, random_layer, random_rows
 from helpers.leaks import PlannedError, nothing_left_behind, pipeline_threads, small_rings
 from helpers.pipelines import LAYER, X, open_pipeline
 
-from pipeline import Pipeline
+from pipeline import Pipeline, run_pipelined
+from pipeline.devices.base import Device
+from pipeline.devices.names import open_device
 from pipeline.errors import DTypeError, InputError
 from pipeline.io.memory import GrowingSink
 
@@ -197,3 +199,58 @@ def test_memory_stays_flat_over_50_runs(kind: str, tmp_path: Path, monkeypatch: 
     # A leak grows in every batch of runs; an allocator's late arena is one step.
     growth = statistics.median(np.diff(resident)) / 10
     assert growth < x.nbytes / 10, f"{growth / 1e3:.0f} kB more a run: {[r // 2**20 for r in resident]} MiB"
+
+
+# -- seconds -----------------------------------------------------------------------------------------------------------
+
+
+def test_seconds_count_from_the_call_and_tell_setup_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening the device takes 0.2 s, which a Pipeline takes once and `run_pipelined` in its call."""
+
+    def open_slowly(name: str) -> Device:
+        time.sleep(0.2)
+        return open_device(name)
+
+    monkeypatch.setattr("pipeline.fleet.open_device", open_slowly)
+    start_s = time.perf_counter()
+    cold = run_pipelined(LAYER, X, devices="cpu").stats
+    taken_s = time.perf_counter() - start_s
+    assert 0.2 <= cold.setup_s <= cold.seconds <= taken_s
+    assert cold.seconds == cold.setup_s + cold.run_s + cold.finish_s
+    assert cold.rows_per_s == pytest.approx(len(X) / cold.seconds)
+    assert cold.bound == "set-up" and "bound by set-up" in str(cold) and "set-up 0." in str(cold)
+    with open_pipeline() as pipeline:
+        assert pipeline.run(X).stats.setup_s < 0.1
+
+
+def test_seconds_until_an_iterable_gives_its_first_batch_are_set_up() -> None:
+    """Opening it asks for that batch, and the advice names it."""
+
+    def batches() -> Any:
+        time.sleep(0.2)
+        yield X
+
+    with open_pipeline() as pipeline:
+        stats = pipeline.run(batches()).stats
+    assert stats.setup_s >= 0.2 and stats.bound == "set-up" and "first batch sooner" in stats.advice
+
+
+def test_seconds_of_a_clock_of_its_own_are_that_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulated device's: the same in every run, whatever the host took."""
+    small_rings(monkeypatch)
+    found = []
+    for _ in range(2):
+        with open_pipeline(devices="sim") as pipeline:
+            stats = pipeline.run(X).stats
+        found.append((stats.seconds, stats.setup_s, stats.run_s, stats.finish_s))
+    assert found[0] == found[1] and found[0][1] == found[0][3] == 0 < found[0][2]
+
+
+def test_seconds_of_devices_with_different_clocks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_rings(monkeypatch)
+    for devices in (["cpu", "sim"], ["sim", "cpu"]):
+        with open_pipeline(devices=devices) as pipeline:
+            stats = pipeline.run(X).stats
+        assert min(stats.setup_s, stats.run_s, stats.finish_s) >= 0
+        assert stats.seconds == stats.setup_s + stats.run_s + stats.finish_s
+        assert all(stage.busy_share <= 1 for stage in stats.stages.values())

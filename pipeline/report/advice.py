@@ -86,6 +86,8 @@ def advice(stages: Mapping[str, StageStats], parts: Parts, runs_as: str, on_cpu:
     name = largest(stages, parts, ends)
     if name == NONE:
         return ""
+    if name == SET_UP and ends.source == "batches":
+        return f"{_SET_UP_ADVICE}, and an iterable may give its first batch sooner"
     if name not in stages:
         return _PART_ADVICE[name]
     if bound(stages, parts, ends) == NONE:
@@ -96,12 +98,12 @@ def advice(stages: Mapping[str, StageStats], parts: Parts, runs_as: str, on_cpu:
     return _stage_advice(name, stages[name], runs_as, on_cpu, ends)
 
 
+_SET_UP_ADVICE = (
+    "set-up takes longer than anything else: keep a Pipeline open, or call again in this process, or give more rows at "
+    "once; the first call of a process starts the devices, the first large one on a machine measures its copies"
+)
 _PART_ADVICE = {
-    SET_UP: (
-        "set-up takes longer than anything else: keep a Pipeline open, or call again in this process, or give more "
-        "rows at once; the first call of a process starts the devices, the first large one on a machine "
-        "measures its copies"
-    ),
+    SET_UP: _SET_UP_ADVICE,
     DISK: "the disk still wrote when all rows were stored: a faster disk, or a narrower out_dtype",
     FINISH: "putting the result together takes longer than anything else: pass an `out` for the rows to be stored in",
 }

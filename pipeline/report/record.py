@@ -25,9 +25,8 @@ class Parts:
     """The seconds of a run, in the order in which they pass. Every one of them belongs to one part.
 
     Set-up lasts from the call until the first row begins to move: devices, kernels, weights and rings are made ready,
-    source and sink are opened, the machine may be measured. (A source that makes rows is waited for while rows move.)
-    Then rows move until the last one is stored. Finishing lasts until the result is complete: a file is synced and
-    gets its name.
+    source and sink are opened, an iterable gives its first batch, the machine may be measured. Then rows move until the
+    last one is stored. Finishing lasts until the result is complete: a file is synced and gets its name.
     """
 
     setup_s: float

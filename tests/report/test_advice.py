@@ -73,6 +73,7 @@ def test_advice_goes_by_where_rows_come_from_and_go(busy: str, ends: Ends, said:
             "bound by set-up: 75% of the time passed before",
             "keep a Pipeline open",
         ),
+        (Parts(3.0, 1.0, 0.0), Ends("batches"), SET_UP, "bound by set-up", "give its first batch sooner"),
         (Parts(0.0, 1.0, 4.0), FILE, DISK, "bound by disk: 80% of the time went by after the last row", "faster disk"),
         (Parts(0.0, 1.0, 4.0), Ends(), FINISH, "bound by finish: 80% of the time went by after", "pass an `out`"),
     ],
