@@ -118,8 +118,9 @@ def _print(info: dict[str, Any]) -> None:
     )
     if host["measured"] is not None:
         measured = host["measured"]
+        raised = f", raised by a run at {measured['raised']}" if measured["raised"] else ""
         print(
-            f"GB/s each way: {measured['duplex_gb_per_s']:.1f} with pinned memory at both ends, "
+            f"GB/s each way{raised}: {measured['duplex_gb_per_s']:.1f} with pinned memory at both ends, "
             f"{measured['staged_gb_per_s']:.1f} with ordinary memory, the copy workers alone "
             f"{measured['host_gb_per_s']:.1f}"
         )

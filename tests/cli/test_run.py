@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from io import StringIO
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers.command_line import OUT, Files
+from helpers.command_line import OUT, Files, run_command
 
 from pipeline import FusedLinear, run_pipelined
 from pipeline.cli import main, parse
+from pipeline.cli.run import _progress_bar
 from pipeline.dtypes import FLOAT16
-from pipeline.options import OPTIONS
+from pipeline.options import OPTIONS, Progress
 
 
 def test_run_writes_the_result_and_prints_the_report(files: Files, capsys: pytest.CaptureFixture[str]) -> None:
@@ -111,3 +116,39 @@ def test_run_of_an_empty_dataset_gives_an_empty_file(files: Files, capsys: pytes
     assert main(files.args("--json")) == 0
     assert json.loads(capsys.readouterr().out)["stats"]["rows"] == 0
     assert np.load(files.out).shape == (0, OUT)
+
+
+def test_run_says_what_its_process_took(files: Files) -> None:
+    start_s = time.perf_counter()
+    text = run_command(*files.args()).stdout
+    taken_s = time.perf_counter() - start_s
+    found = re.search(r"the process took ([\d.]+) s so far: ([\d.]+) s for this run, ([\d.]+) s before and after", text)
+    assert found is not None, text
+    process_s, run_s, rest_s = map(float, found.groups())
+    assert 0 < run_s < process_s < taken_s + 0.1 and run_s + rest_s == pytest.approx(process_s, abs=0.011)
+    printed = json.loads(run_command(*files.args("--json", "--overwrite")).stdout)
+    assert printed["stats"]["seconds"] < printed["process_seconds"] < taken_s + 10
+
+
+@pytest.mark.parametrize("told", ["", "7 (a name) with ) in it) R 1 2", "7 (a) " + " ".join(["0"] * 50)])
+def test_run_says_nothing_of_a_process_that_the_system_does_not_time(
+    told: str, files: Files, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.cli.run.Path", lambda path: SimpleNamespace(read_text=lambda: told))
+    assert main(files.args()) == 0
+    assert "the process took" not in capsys.readouterr().out
+    assert main(files.args("--json", "--overwrite")) == 0
+    assert json.loads(capsys.readouterr().out)["process_seconds"] is None
+
+
+@pytest.mark.parametrize(("ceiling", "said"), [(200.0, "50% of ceiling"), (50.0, " out"), (None, " out")])
+def test_progress_shows_no_share_of_a_ceiling_that_the_run_beats(
+    ceiling: float | None, said: str, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    with _progress_bar(files.layer, 4, True) as show:
+        assert show is not None
+        show(Progress(100, 200, 1.0, ceiling))
+    assert said in terminal.getvalue() and ("ceiling" in terminal.getvalue()) == ("ceiling" in said)

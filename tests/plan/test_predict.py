@@ -85,6 +85,8 @@ def test_plan_of_one_sided_traffic_uses_the_whole_bus() -> None:
 def test_plan_of_a_short_job_counts_filling_and_emptying_the_lanes() -> None:
     short, long = predict(replace(WORK, rows=4096), H200), predict(WORK, H200)
     assert short.rows_per_s < 0.7 * long.rows_per_s
+    assert short.bound == "none" and short.lowest == long.bound == long.lowest, "nothing is at its limit all along"
+    assert f"bound by none, at {short.lowest_share:.0%} of the lowest limit, {short.lowest}" in "\n".join(short.lines())
     assert "lanes are empty" in "\n".join(short.lines()) and "lanes are empty" not in "\n".join(long.lines())
 
 

@@ -24,9 +24,11 @@ from helpers.needs import needs
 from pipeline import FusedLinear, OptionError, OutputError, Pipeline, TraceWarning, run_pipelined
 from pipeline.errors import FileFormatError
 from pipeline.instrument import STAGE_COLORS, STAGES, Ceilings, Interval
+from pipeline.report.picture import parts_text, verdict
 from pipeline.report.timeline import Timeline
 from pipeline.report.trace import check_trace, read_trace, write_trace
 
+PROFILES = Path(__file__).parents[2] / "profiles/timelines"
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome")
 needs_matplotlib, needs_bokeh = needs("matplotlib", "plot"), needs("bokeh", "plot")
 
@@ -60,7 +62,7 @@ def test_trace_of_a_run_holds_every_operation(layer: FusedLinear, tmp_path: Path
     for name, stage in stats.stages.items():
         mine = [i for i in operations if i.stage == name]
         assert len(mine) == stage.count and sum(i.bytes for i in mine) == stage.bytes
-        assert all(0 <= i.start_s <= i.end_s <= stats.seconds for i in mine)
+        assert all(0 <= i.start_s <= i.end_s <= stats.run_s for i in mine)
         if mine:
             assert {i.chunk for i in mine} == set(range(5))
 
@@ -218,6 +220,22 @@ def test_page_carries_all_it_needs(page: Path) -> None:
         assert f"#{color:06X}" in text
         assert f"</i>{stage}</td>" in text
     assert "Bound by" in text and "of its ceiling" in text and "steady window" in text
+
+
+def test_verdict_and_parts_say_what_the_report_says(layer: FusedLinear) -> None:
+    cold = run_pipelined(layer, random_rows(300, 24), devices="cpu").stats
+    figures = json.loads(json.dumps(cold.as_dict()))
+    said = cold.bound_line()
+    assert verdict(figures) == f"{said[0].upper()}{said[1:]}. To go faster: {cold.advice}."
+    assert parts_text(figures) == cold.parts.text() and "set-up" in parts_text(figures)
+    assert parts_text(None) == verdict(None) == ""
+
+
+@pytest.mark.parametrize("name", ["bus", "reference", "staging"])
+def test_records_made_before_setup_was_told_apart_are_read(name: str) -> None:
+    _, stats = read_trace(PROFILES / f"{name}.record.json")
+    assert stats is not None and "setup_s" not in stats
+    assert verdict(stats).startswith(f"Bound by {stats['bound']}: busy") and parts_text(stats) == ""
 
 
 def in_browser(page: Path, script: str) -> Any:
