@@ -48,23 +48,24 @@ def bound_text(
 ) -> str:
     """The bound in words, how much of the time it took and how near it came to its measured ceiling, which is of
     `origin`; where nothing is the bound, the largest part instead. "" for an empty run."""
-    part = largest(stages, parts, ends) if name == NONE else name
+    if name != NONE:
+        return f"bound by {name}, which {_took(name, stages, parts, origin)}"
+    part = largest(stages, parts, ends)
     if part == NONE:
         return ""
-    text = (
-        f"bound by {name}: "
-        if name != NONE
-        else f"bound by none: nothing is at its limit all along; the largest part, {part}, "
-    )
+    took = _took(part, stages, parts, origin)
+    return f"bound by none: nothing is at its limit all along; the largest part is {part}, which {took}"
+
+
+def _took(part: str, stages: Mapping[str, StageStats], parts: Parts, origin: str) -> str:
     if part not in stages:
-        said = {SET_UP: "passed before the first row moved"}.get(part, "went by after the last row was stored")
-        share = f"{_share(part, parts):.0%} of the time {said}"
-        return text + share if name != NONE else f"{text}took {_share(part, parts):.0%} of the time"
+        when = "before the first row moved" if part == SET_UP else "after the last row was stored"
+        return f"took {_share(part, parts):.0%} of the time, {when}"
     stage = stages[part]
-    text += f"{'was ' if name == NONE else ''}busy {stage.busy_share:.0%} of the time in which rows moved"
+    text = f"was busy {stage.busy_share:.0%} of the time in which rows moved"
     if stage.ceiling is not None and stage.ceiling_share is not None:
-        from_where = f" ({origin})" if origin else ""
-        text += f", at {stage.ceiling_share:.0%} of its ceiling of {rate_text(part, stage.ceiling)}{from_where}"
+        text += f", at {stage.ceiling_share:.0%} of its ceiling of {rate_text(part, stage.ceiling)}"
+        text += f" ({origin})" if origin else ""
     return text
 
 

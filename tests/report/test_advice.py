@@ -70,12 +70,18 @@ def test_advice_goes_by_where_rows_come_from_and_go(busy: str, ends: Ends, said:
             Parts(3.0, 1.0, 0.0),
             Ends(),
             SET_UP,
-            "bound by set-up: 75% of the time passed before",
+            "bound by set-up, which took 75% of the time, before",
             "keep a Pipeline open",
         ),
         (Parts(3.0, 1.0, 0.0), Ends("batches"), SET_UP, "bound by set-up", "give its first batch sooner"),
-        (Parts(0.0, 1.0, 4.0), FILE, DISK, "bound by disk: 80% of the time went by after the last row", "faster disk"),
-        (Parts(0.0, 1.0, 4.0), Ends(), FINISH, "bound by finish: 80% of the time went by after", "pass an `out`"),
+        (
+            Parts(0.0, 1.0, 4.0),
+            FILE,
+            DISK,
+            "bound by disk, which took 80% of the time, after the last row",
+            "faster disk",
+        ),
+        (Parts(0.0, 1.0, 4.0), Ends(), FINISH, "bound by finish, which took 80% of the time, after", "pass an `out`"),
     ],
 )
 def test_part_that_takes_most_of_the_seconds_is_the_bound(
@@ -94,8 +100,12 @@ def test_part_that_took_less_than_a_stage_is_not_the_bound() -> None:
 @pytest.mark.parametrize(
     ("parts", "said", "advised"),
     [
-        (WARM, "the largest part, H2D, was busy 73% of the time in which rows moved", "more rows"),
-        (Parts(0.45, 0.4, 0.15), "the largest part, set-up, took 45% of the time", "keep a Pipeline open"),
+        (WARM, "the largest part is H2D, which was busy 73% of the time in which rows moved", "more rows"),
+        (
+            Parts(0.45, 0.4, 0.15),
+            "the largest part is set-up, which took 45% of the time, before the first row moved",
+            "keep a Pipeline open",
+        ),
     ],
 )
 def test_nothing_is_called_a_bound_that_is_none(parts: Parts, said: str, advised: str) -> None:
@@ -125,7 +135,8 @@ def test_bound_text_names_the_ceiling_and_where_it_comes_from() -> None:
     found = {**stages(), "H2D": StageStats(1, 0, 0.0, 0.98, rate=45.0, ceiling=50.0, ceiling_share=0.9)}
     text = bound_text("H2D", found, WARM, origin="measured at noon")
     assert text == (
-        "bound by H2D: busy 98% of the time in which rows moved, at 90% of its ceiling of 50.0 GB/s (measured at noon)"
+        "bound by H2D, which was busy 98% of the time in which rows moved, at 90% of its ceiling of 50.0 GB/s "
+        "(measured at noon)"
     )
 
 

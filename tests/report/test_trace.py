@@ -235,7 +235,7 @@ def test_verdict_and_parts_say_what_the_report_says(layer: FusedLinear) -> None:
 def test_records_made_before_setup_was_told_apart_are_read(name: str) -> None:
     _, stats = read_trace(PROFILES / f"{name}.record.json")
     assert stats is not None and "setup_s" not in stats
-    assert verdict(stats).startswith(f"Bound by {stats['bound']}: busy") and parts_text(stats) == ""
+    assert verdict(stats).startswith(f"Bound by {stats['bound']}, which was busy") and parts_text(stats) == ""
 
 
 def in_browser(page: Path, script: str) -> Any:
