@@ -35,8 +35,8 @@ class Fleet:
         stations: the devices, in the order of their names.
         chunk_rows: rows of a run's largest chunks, which the devices' slots have room for.
         staging: how rows are staged now; a measurement may change it before a run.
-        ceilings: of the devices whose buses were measured, by name, for the bytes of a row. Reports compare with those for
-            the bytes that a run moved (`ceilings_of`); with what a caller put here where nothing was measured.
+        ceilings: of the devices whose buses were measured, by name, for the bytes of a row. Reports compare with those
+            for the bytes that a run moved (`ceilings_of`); with what a caller put here where nothing was measured.
         gather_buffers: the pinned chunk buffers in which iterables' rows were gathered so far.
     """
 
