@@ -15,6 +15,7 @@ from pipeline.errors import PipelineError, TraceWarning
 from pipeline.exclusive import Turn, Turns
 from pipeline.fleet import Fleet
 from pipeline.instrument import Ceilings
+from pipeline.kept import KEPT
 from pipeline.keywords import takes_options
 from pipeline.layer.base import Layer
 from pipeline.options import ONE_RUN_OPTIONS, OPTIONS, PIPELINE_OPTIONS, RunOptions
@@ -68,7 +69,8 @@ class Pipeline:
 
     def __init__(self, layer: Layer, **options: Any) -> None:
         self.layer = layer
-        self.fleet = Fleet(layer, RunOptions(**options))
+        self.fleet = Fleet(layer, RunOptions(**options), KEPT.release)
+        self.fleet.open()
         self._turns = Turns()
         self._stream: Stream | None = None
         self._closed = False
@@ -146,14 +148,7 @@ class Pipeline:
             Exception: what the source or the sink raised, with a note that names the chunk and the stage.
         """
         with self._turn():
-            chosen = self.fleet.options.with_values(options)
-            if chosen.trace is not None:
-                check_trace(chosen.trace)
-            value, record = run_dataset(self.fleet, source, out, chosen)
-            result = Result(value, functools.partial(stats_of, record))
-            if chosen.trace is not None:
-                _write_trace(chosen.trace, record, result)
-            return result
+            return _run(self.fleet, source, out, self.fleet.options.with_values(options))
 
     def stream(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
         """The layer's results of an iterable of batches, batch by batch and in order.
@@ -184,18 +179,32 @@ class Pipeline:
         return Turn(self._turns, busy)
 
 
+def _run(fleet: Fleet, source: Any, out: Any, options: RunOptions) -> Result:
+    """One run, with its timeline written where the options ask for one."""
+    if options.trace is not None:
+        check_trace(options.trace)
+    value, record = run_dataset(fleet, source, out, options)
+    result = Result(value, functools.partial(stats_of, record))
+    if options.trace is not None:
+        _write_trace(options.trace, record, result)
+    return result
+
+
 def _write_trace(path: Any, record: Record, result: Result) -> None:
     try:
         write_trace(path, record.timeline(), result.stats.as_dict())
     except Exception as error:  # whatever it is, the result is complete and must reach the caller
         reason = str(error) if isinstance(error, PipelineError) else f"{path}: {error!r}"
         text = f"the run is complete, but its timeline isn't written: {reason}"
-        warnings.warn(TraceWarning(text), stacklevel=4)
+        warnings.warn(TraceWarning(text), stacklevel=5)
 
 
 @takes_options(tuple(OPTIONS))
 def run_pipelined(layer: Layer, source: Any, out: Any = None, **options: Any) -> Result:
-    """Stream one dataset through the layer, with what that takes opened before and closed afterwards.
+    """Stream one dataset through the layer.
+
+    What that takes is opened, and kept for the next call with the same layer, options and environment variables: see
+    `release` for how long, and within which bounds.
 
     Args:
         layer, source, out: as those of `Pipeline` and `Pipeline.run`.
@@ -207,6 +216,6 @@ def run_pipelined(layer: Layer, source: Any, out: Any = None, **options: Any) ->
     Raises:
         InputError, OutputError, DeviceError: as `Pipeline` and `Pipeline.run`.
     """
-    chosen = RunOptions(**options).as_keywords()
-    with Pipeline(layer, **{name: chosen[name] for name in PIPELINE_OPTIONS}) as pipeline:
-        return pipeline.run(source, out, **{name: chosen[name] for name in ONE_RUN_OPTIONS})
+    chosen = RunOptions(**options)
+    with KEPT.lent(layer, chosen) as fleet:
+        return _run(fleet, source, out, chosen)

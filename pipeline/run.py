@@ -31,11 +31,13 @@ _numbers = itertools.count()  # the runs of this process are numbered, for profi
 def run_dataset(fleet: Fleet, source: Any, out: Any, options: RunOptions) -> tuple[Any, Record]:
     """Stream `source` to `out`, which are what the caller passed. Blocks; gives the result and the run's record."""
     layer = fleet.layer
-    opened = open_source(source, SourceRequest(layer.in_features, layer.dtype, fleet.is_pinned))
+    fleet.start_opening()  # meanwhile the ends are opened
+    opened = open_source(source, SourceRequest(layer.in_features, layer.dtype, fleet.is_pinned, before_rows=fleet.open))
     try:
         request = SinkRequest(opened, layer.out_features, fleet.out_dtype, fleet.wire_out, options.overwrite)
         sink = open_sink(out, request)
         try:
+            fleet.open()
             run = Run(fleet, opened, sink, options)
             run.move_rows()
             value = sink.finish(run.rows)

@@ -26,7 +26,7 @@ LEVELS = {
             ["io", "executor"],
             ["report"],
             ["tuning", "plan"],
-            ["station", "fleet", "run", "api"],
+            ["upload", "station", "fleet", "kept", "run", "api"],
             ["torch_op", "demo", "testing", ""],
             ["cli"],
             ["__main__"],
