@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from pipeline.arrays import HostArray
@@ -22,30 +23,33 @@ class StagedUpload(Uploader):
 
     def __init__(self, device: Device, workers: Workers, staging: Staging) -> None:
         self._device, self._workers, self._staging = device, workers, staging
-        self._memory: HostArray | None = None
+        self._memory: list[HostArray] = []  # for the blocks, and for the second of the two rings that follow
 
     @property
     def pinned_bytes(self) -> int:
         """What it holds: nothing before the first upload, and nothing once `take` has given it away."""
-        return 0 if self._memory is None else self._memory.nbytes
+        return sum(memory.nbytes for memory in self._memory)
 
     def take(self, n_bytes: int) -> HostArray:
         """Pinned memory of the device: that of earlier uploads where it will do. No upload may follow then."""
-        memory, self._memory = self._memory, None
-        if memory is not None and n_bytes <= memory.nbytes:
-            return memory[:n_bytes]
-        self._memory = memory
+        if self._memory and n_bytes <= self._memory[-1].nbytes:
+            return self._memory.pop()[:n_bytes]
         return self._device.pinned(n_bytes)
 
     def upload(self, rows: HostArray, copy: Callable[[int, HostArray], Callable[[], None]]) -> bool:
         staging = self._staging
         if rows.nbytes < 2 * staging.piece_bytes or rows.shape[1] * rows.itemsize > staging.piece_bytes:
             return False
-        if self._memory is None:
-            self._memory = self._device.pinned(staging.ring_pieces * staging.piece_bytes)
-        pieces = [self._memory[i * staging.piece_bytes :][: staging.piece_bytes] for i in range(staging.ring_pieces)]
-        with _read_from(rows) as source:
+        ring_bytes = staging.ring_pieces * staging.piece_bytes
+        with ThreadPoolExecutor(1) as pool, _read_from(rows) as source:
+            if not self._memory:
+                self._memory.append(self._device.pinned(ring_bytes))
+            second = pool.submit(self._device.pinned, ring_bytes) if len(self._memory) == 1 else None
+            whole = self._memory[0]
+            pieces = [whole[i * staging.piece_bytes :][: staging.piece_bytes] for i in range(staging.ring_pieces)]
             self._copy_blocks(rows, source, pieces, copy)
+            if second is not None:
+                self._memory.append(second.result())
         return True
 
     def _copy_blocks(
