@@ -18,6 +18,7 @@ from pipeline.errors import DeviceError
 from pipeline.fleet import Fleet
 from pipeline.layer.base import Layer
 from pipeline.options import PIPELINE_OPTIONS, RunOptions
+from pipeline.pages import RESULTS
 
 MOST_FLEETS = 4
 MOST_PINNED_BYTES = 512 * MIB
@@ -185,7 +186,8 @@ if hasattr(os, "register_at_fork"):
 
 
 def release() -> None:
-    """Close what `run_pipelined` keeps warm for its next call: devices, weights on them, pinned rings, threads.
+    """Close what `run_pipelined` keeps warm for its next call: devices, weights on them, pinned rings, threads. Memory
+    of freed results goes back to the system as well.
 
     A call on GPUs keeps them for 60 seconds, as long as its layer lives, for a call with the same layer, options and
     environment variables. At most 4 such sets are kept, with 512 MiB of pinned memory and 8 GiB of GPU memory together;
@@ -193,3 +195,4 @@ def release() -> None:
     seen: call this before they take all of a GPU's memory.
     """
     KEPT.release()
+    RESULTS.clear()

@@ -17,7 +17,7 @@ LEVELS = {
     for level, parts in enumerate(
         [
             ["errors", "dtypes", "options", "keywords", "exclusive", "config", "instrument"],
-            ["arrays", "rows", "flow"],
+            ["arrays", "pages", "rows", "flow"],
             ["epilogues"],
             ["kernels"],
             ["layer"],

@@ -10,11 +10,11 @@ from typing import Any
 from pipeline.arrays import HostArray, address_of
 from pipeline.config import GIB
 from pipeline.devices.base import Uploader
-from pipeline.devices.host_pages import touched_memory
 from pipeline.errors import DeviceMemoryError
 from pipeline.kernels.driver import call, call_error, driver
 from pipeline.kernels.launch import Launcher, in_context
 from pipeline.layer.base import ALIGNMENT_BYTES, Place
+from pipeline.pages import touched_memory
 from pipeline.rows import DeviceRows
 
 
@@ -52,7 +52,7 @@ class CudaMemory:
 
     def pinned(self, n_bytes: int) -> HostArray:
         """New host memory for copies. Touching it with several threads and pinning it then is several times faster than
-        having the driver allocate it (docs/notes/staging.md)."""
+        having the driver allocate it (docs/notes/start.md)."""
         memory = touched_memory(max(1, n_bytes))
         call("cuMemHostRegister", address_of(memory), memory.nbytes, driver().CU_MEMHOSTREGISTER_PORTABLE)
         self._pinned[address_of(memory)] = memory
