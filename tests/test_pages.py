@@ -107,5 +107,5 @@ def test_recycled_pages_serve_threads_that_take_at_once() -> None:
 
 def test_pages_that_the_system_refuses_are_a_memory_error() -> None:
     for n_bytes in (1 << 60, 1 << 80):
-        with pytest.raises(MemoryError, match="can't allocate .* GiB of memory"):
+        with pytest.raises(MemoryError, match=r"can't allocate .* GiB of memory"):
             touched_memory(n_bytes)
