@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pipeline.flow import Chunk, Feed, Sink, Source, Span
     from pipeline.io.formats.raw import RawFile
     from pipeline.io.registry import SinkRequest, SourceRequest, register_sink, register_source
+    from pipeline.kept import release
     from pipeline.layer.base import DeviceLayer, Layer
     from pipeline.layer.linear import FusedLinear
     from pipeline.options import Progress
@@ -92,6 +93,7 @@ __all__ = [
     "register_dtype",
     "register_sink",
     "register_source",
+    "release",
     "run_pipelined",
 ]
 
@@ -125,6 +127,7 @@ _HOMES = {
     "register_dtype": "pipeline.dtypes",
     "register_sink": "pipeline.io.registry",
     "register_source": "pipeline.io.registry",
+    "release": "pipeline.kept",
     "run_pipelined": "pipeline.api",
 }
 

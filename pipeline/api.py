@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ from pipeline.errors import PipelineError, TraceWarning
 from pipeline.exclusive import Turn, Turns
 from pipeline.fleet import Fleet
 from pipeline.instrument import Ceilings
+from pipeline.kept import KEPT
 from pipeline.keywords import takes_options
 from pipeline.layer.base import Layer
 from pipeline.options import ONE_RUN_OPTIONS, OPTIONS, PIPELINE_OPTIONS, RunOptions
@@ -69,7 +70,8 @@ class Pipeline:
 
     def __init__(self, layer: Layer, **options: Any) -> None:
         self.layer = layer
-        self.fleet = Fleet(layer, RunOptions(**options))
+        self.fleet = Fleet(layer, RunOptions(**options), KEPT.release)
+        self.fleet.open()
         self._turns = Turns()
         self._stream: Stream | None = None
         self._closed = False
@@ -146,19 +148,9 @@ class Pipeline:
             DeviceError: a device failed.
             Exception: what the source or the sink raised, with a note that names the chunk and the stage.
         """
-        return self._run(source, out, options, time.perf_counter())
-
-    def _run(self, source: Any, out: Any, options: Mapping[str, Any], called_s: float) -> Result:
-        """As `run`, of a call at `called_s` on the clock of time.perf_counter."""
+        called_s = time.perf_counter()
         with self._turn():
-            chosen = self.fleet.options.with_values(options)
-            if chosen.trace is not None:
-                check_trace(chosen.trace)
-            value, record = run_dataset(self.fleet, source, out, chosen, called_s)
-            result = Result(value, functools.partial(stats_of, record))
-            if chosen.trace is not None:
-                _write_trace(chosen.trace, record, result)
-            return result
+            return _run(self.fleet, source, out, self.fleet.options.with_values(options), called_s)
 
     def stream(self, batches: Iterable[Any]) -> Generator[Any, None, None]:
         """The layer's results of an iterable of batches, batch by batch and in order.
@@ -189,6 +181,18 @@ class Pipeline:
         return Turn(self._turns, busy)
 
 
+def _run(fleet: Fleet, source: Any, out: Any, options: RunOptions, called_s: float) -> Result:
+    """One run of a call at `called_s` on the clock of time.perf_counter, with its timeline written where the options
+    ask for one."""
+    if options.trace is not None:
+        check_trace(options.trace)
+    value, record = run_dataset(fleet, source, out, options, called_s)
+    result = Result(value, functools.partial(stats_of, record))
+    if options.trace is not None:
+        _write_trace(options.trace, record, result)
+    return result
+
+
 def _write_trace(path: Any, record: Record, result: Result) -> None:
     try:
         write_trace(path, record.timeline(), result.stats.as_dict())
@@ -200,7 +204,10 @@ def _write_trace(path: Any, record: Record, result: Result) -> None:
 
 @takes_options(tuple(OPTIONS))
 def run_pipelined(layer: Layer, source: Any, out: Any = None, **options: Any) -> Result:
-    """Stream one dataset through the layer, with what that takes opened before and closed afterwards.
+    """Stream one dataset through the layer.
+
+    What that takes is opened, and kept for the next call with the same layer, options and environment variables: see
+    `release` for how long, and within which bounds.
 
     Args:
         layer, source, out: as those of `Pipeline` and `Pipeline.run`.
@@ -213,6 +220,6 @@ def run_pipelined(layer: Layer, source: Any, out: Any = None, **options: Any) ->
         InputError, OutputError, DeviceError: as `Pipeline` and `Pipeline.run`.
     """
     called_s = time.perf_counter()
-    chosen = RunOptions(**options).as_keywords()
-    with Pipeline(layer, **{name: chosen[name] for name in PIPELINE_OPTIONS}) as pipeline:
-        return pipeline._run(source, out, {name: chosen[name] for name in ONE_RUN_OPTIONS}, called_s)
+    chosen = RunOptions(**options)
+    with KEPT.lent(layer, chosen) as fleet:
+        return _run(fleet, source, out, chosen, called_s)

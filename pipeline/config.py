@@ -106,6 +106,11 @@ def native_copy() -> bool:
     return text != "0"
 
 
+def environment() -> tuple[object, ...]:
+    """What a fleet is opened with, apart from its options: the package's environment variables, the cores."""
+    return (*sorted(item for item in os.environ.items() if item[0].startswith("PIPELINE_")), cores())
+
+
 def debug() -> bool:
     """Whether PIPELINE_DEBUG is set: buffers are overwritten with NaN between uses."""
     return bool(os.environ.get("PIPELINE_DEBUG"))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
+import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import Any
 
 import numpy as np
 
 from pipeline.arrays import HostArray
+from pipeline.config import Staging
 from pipeline.devices.base import Device
 from pipeline.devices.names import find_devices, open_device
 from pipeline.dtypes import FLOAT64, Cast, DType
-from pipeline.errors import DTypeError, OptionError
+from pipeline.errors import DeviceMemoryError, DTypeError, OptionError, uninterrupted
 from pipeline.flow import Sink, Source
 from pipeline.instrument import STAGES, Ceilings, Recorder
 from pipeline.io.memory import ArrayRows
 from pipeline.layer.base import Layer
-from pipeline.options import RunOptions
+from pipeline.options import RunOptions, parsed
 from pipeline.rows import Fill, Workers
 from pipeline.staging.native import open_workers
 from pipeline.station import Assignment, Station
@@ -27,12 +32,12 @@ _GATHER_BYTES, _FEWEST_BUFFERS = 96 * 2**20, 2  # pinned chunk buffers for itera
 
 
 class Fleet:
-    """The devices that one layer's rows run through, opened and warm until `close`.
+    """The devices that one layer's rows run through, opened by `open` and warm until `close`.
 
     Consecutive runs share a fleet; two at once may not use it.
 
     Attributes:
-        stations: the devices, in the order of their names.
+        stations: the devices, in the order of their names; none before `open` and after `close`.
         chunk_rows: rows of a run's largest chunks, which the devices' slots have room for.
         staging: how rows are staged now; a measurement may change it before a run.
         ceilings: of the devices whose buses were measured, by name, for the bytes of a row. Reports compare with those
@@ -40,50 +45,108 @@ class Fleet:
         gather_buffers: the pinned chunk buffers in which iterables' rows were gathered so far.
     """
 
-    def __init__(self, layer: Layer, options: RunOptions) -> None:
-        """Open the devices, compile or find their kernels, upload the weights. Blocks.
+    device_names: list[str]
+    chunk_rows: int
+    staging: Staging
+
+    def __init__(self, layer: Layer, options: RunOptions, free_memory: Callable[[], bool] = lambda: False) -> None:
+        """Check what can be checked before any device is opened. The layer is the caller's to keep alive.
+
+        `free_memory` is called where a device lacks memory, and says whether it freed some.
 
         Raises:
             OptionError, DTypeError: the options don't go with the layer.
-            DeviceNotFoundError, DeviceMemoryError, CompileError, DriverError
         """
         _check_layer(layer)
-        self.layer, self.options = layer, options
+        self._layer, self.options, self._free_memory = weakref.ref(layer), options, free_memory
         self.out_dtype = options.result_dtype(layer.dtype)
         self.wire_in, self.wire_out = options.wire_dtypes(layer.dtype, layer.precision)
+        self.wire_row_bytes = layer.in_features * self.wire_in.itemsize, layer.out_features * self.wire_out.itemsize
+        parsed("devices", options.devices)
+        self.stations: list[Station] = []
+        self.ceilings: dict[str, Ceilings] = {}
+        self.gather_buffers: list[HostArray] = []
+        self._workers: Workers | None = None  # shared by all devices without workers of their own
+        self._devices: list[Device] = []
+        self._opening: Future[None] | None = None
+        self._pid = os.getpid()
+
+    @property
+    def layer(self) -> Layer:
+        layer = self._layer()
+        assert layer is not None, "whoever runs a fleet holds its layer"
+        return layer
+
+    def start_opening(self) -> None:
+        """Begin to open the devices in a thread of its own, where that hasn't begun. `open` waits for it."""
+        if self._opening is None:
+            opening: Future[None] = Future()
+            self._opening = opening
+            layer = self.layer  # stays alive until it is on the devices
+            thread = threading.Thread(target=self._open_now, args=(opening, layer), name="pipeline-opening")
+            try:
+                thread.start()
+            except BaseException:
+                self._opening = None
+                raise
+
+    def open(self) -> None:
+        """Open the devices, compile or find their kernels, upload the weights. Blocks; does nothing the second time.
+
+        Raises:
+            OptionError, DTypeError: the options don't go with the devices.
+            DeviceNotFoundError, DeviceMemoryError, CompileError, DriverError
+        """
+        if self._opening is None:
+            self._opening = Future()
+            self._open_now(self._opening, self.layer)
+        self._opening.result()
+
+    def _open_now(self, opening: Future[None], layer: Layer) -> None:
+        try:
+            try:
+                self._open(layer)
+            except DeviceMemoryError:
+                self._close_devices()
+                if not self._free_memory():
+                    raise
+                self._open(layer)
+        except BaseException as error:
+            self._close_devices()
+            opening.set_exception(error)
+        else:
+            opening.set_result(None)
+
+    def _open(self, layer: Layer) -> None:
+        options = self.options
         self.device_names = find_devices(options.devices)
         self._cpu_alone = self.device_names == ["cpu"]
         self.chunk_rows = options.most_chunk_rows(max(self.wire_row_bytes), cpu_alone=self._cpu_alone)
         for dtype in (layer.dtype, self.out_dtype):
             if dtype is FLOAT64 and any(name.startswith("cuda") for name in self.device_names):
                 raise DTypeError("float64 is computed on the CPU only; pass devices='cpu', or convert to float32")
-        self.stations: list[Station] = []
-        self.ceilings: dict[str, Ceilings] = {}
-        self.gather_buffers: list[HostArray] = []
-        self._workers: Workers | None = None  # shared by all devices without workers of their own
-        self._devices: list[Device] = []
-        self._pid = os.getpid()
-        try:
-            for name in self.device_names:
-                self._devices.append(open_device(name))
-            self._tuning = Tuning(self._devices)
-            self.staging = self._tuning.staging
-            self._make_stations()
-            self._note_ceilings()
-        except BaseException:
-            self.close()
-            raise
+        for name in self.device_names:
+            self._devices.append(open_device(name))
+        self._tuning = Tuning(self._devices)
+        self.staging = self._tuning.staging
+        self._make_stations(layer)
+        self.ceilings = _row_ceilings(self._tuning, self._devices, self.wire_row_bytes)
 
-    def _make_stations(self) -> None:
+    def _make_stations(self, layer: Layer) -> None:
         assignment: Assignment | None = None
         for device in self._devices:
             workers = device.workers()
             if workers is None:
                 workers = self._workers = self._workers or open_workers(self.staging.workers)
             if assignment is None:
-                layer = _layer_on_the_wire(self.layer, self.wire_in, workers)
-                assignment = Assignment(layer, self.wire_out, self.chunk_rows, self.options.streams)
+                on_wire = _layer_on_the_wire(layer, self.wire_in, workers)
+                assignment = Assignment(on_wire, self.wire_out, self.chunk_rows, self.options.streams)
             self.stations.append(Station(device, workers, assignment, self.staging))
+
+    @property
+    def is_slow_to_open(self) -> bool:
+        """Whether a device of it has memory of its own: contexts, pinned rings and weights take a while."""
+        return any(device.has_bus for device in self._devices)
 
     @property
     def forked(self) -> bool:
@@ -94,6 +157,11 @@ class Fleet:
         """End the worker threads, free pinned and device memory. Safe to call twice; between runs only."""
         if self.forked:
             return
+        if self._opening is not None:
+            uninterrupted(functools.partial(wait, [self._opening]))
+        self._close_devices()
+
+    def _close_devices(self) -> None:
         for station in self.stations:
             station.close()
             station.workers.close()
@@ -104,10 +172,21 @@ class Fleet:
         self.stations, self._devices, self._workers = [], [], None
         self.gather_buffers = []
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Pinned memory that it holds."""
+        return sum(each.pinned_bytes for each in self.stations) + sum(buffer.nbytes for buffer in self.gather_buffers)
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory of its devices that it holds, all of them together."""
+        return sum(device.allocated_bytes for device in self._devices)
+
     # -- what a run asks for -------------------------------------------------------------------------------------------
 
     def is_pinned(self, array: HostArray) -> bool:
-        """Whether copy engines can use contiguous memory of the caller's as it is."""
+        """Whether copy engines can use contiguous memory of the caller's as it is. Waits until the devices are open."""
+        self.open()
         return any(device.has_bus and device.in_place(array) for device in self._devices)
 
     def stations_for(self, source_tensor: Any, out_tensor: Any) -> list[Station]:
@@ -148,7 +227,7 @@ class Fleet:
             station.restage(workers, self.staging)
         if old is not None and old is not shared:
             old.close()
-        self._note_ceilings()
+        self.ceilings = _row_ceilings(self._tuning, self._devices, self.wire_row_bytes)
 
     def ceilings_of(self, recorders: Sequence[Recorder], run_s: float) -> dict[str, Ceilings]:
         """What a run compares with, by the names of its devices, for the bytes that it moved in `run_s` seconds.
@@ -159,21 +238,9 @@ class Fleet:
             return {each.device: self.ceilings[each.device] for each in recorders if each.device in self.ceilings}
         moved_bytes = {stage: sum(each.totals[stage].bytes for each in recorders) for stage in STAGES}
         if len(recorders) == len(self._devices) and self._tuning.raise_to(moved_bytes, run_s):
-            self._note_ceilings()
+            self.ceilings = _row_ceilings(self._tuning, self._devices, self.wire_row_bytes)
         found = self._tuning.measured.ceilings(moved_bytes, len(self._devices))
         return {each.device: found for each in recorders}
-
-    def _note_ceilings(self) -> None:
-        if self._tuning.measured is not None:
-            in_bytes, out_bytes = self.wire_row_bytes
-            of_a_row = {"fill": in_bytes, "H2D": in_bytes, "D2H": out_bytes, "drain": out_bytes}
-            found = self._tuning.measured.ceilings(of_a_row, len(self._devices))
-            self.ceilings = {device.name: found for device in self._devices}
-
-    @property
-    def wire_row_bytes(self) -> tuple[int, int]:
-        """Bytes of a row on the bus, in and out."""
-        return self.layer.in_features * self.wire_in.itemsize, self.layer.out_features * self.wire_out.itemsize
 
     def rows_per_chunk(self, rows: int | None, devices: int) -> int:
         """The rows of the chunks of a run of `rows` rows on so many of the devices."""
@@ -196,6 +263,16 @@ class Fleet:
             return self.gather_buffers[-1]
 
         return take
+
+
+def _row_ceilings(tuning: Tuning, devices: Sequence[Device], row_bytes: tuple[int, int]) -> dict[str, Ceilings]:
+    """What was measured of the devices, by their names, for rows of so many bytes in and out."""
+    if tuning.measured is None:
+        return {}
+    in_bytes, out_bytes = row_bytes
+    of_a_row = {"fill": in_bytes, "H2D": in_bytes, "D2H": out_bytes, "drain": out_bytes}
+    found = tuning.measured.ceilings(of_a_row, len(devices))
+    return {device.name: found for device in devices}
 
 
 def _check_layer(layer: Any) -> None:

@@ -37,11 +37,13 @@ def run_dataset(
     """
     called_s = time.perf_counter() if called_s is None else called_s
     layer = fleet.layer
-    opened = open_source(source, SourceRequest(layer.in_features, layer.dtype, fleet.is_pinned))
+    fleet.start_opening()  # meanwhile the ends are opened
+    opened = open_source(source, SourceRequest(layer.in_features, layer.dtype, fleet.is_pinned, before_rows=fleet.open))
     try:
         request = SinkRequest(opened, layer.out_features, fleet.out_dtype, fleet.wire_out, options.overwrite)
         sink = open_sink(out, request)
         try:
+            fleet.open()
             run = Run(fleet, opened, sink, options, called_s)
             run.move_rows()
             value = sink.finish(run.rows)

@@ -16,6 +16,7 @@ from pipeline.instrument import Recorder
 from pipeline.layer.base import Layer
 from pipeline.rows import Workers
 from pipeline.staging.movers import Movers, Wire
+from pipeline.upload import StagedUpload
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,13 @@ class Station:
 
     def __init__(self, device: Device, workers: Workers, assignment: Assignment, staging: Staging) -> None:
         layer, out_dtype, num_streams = assignment.layer, assignment.out_dtype, assignment.num_streams
+        self._upload = device.uploader = StagedUpload(device, workers, staging)
         device.prepare(layer, out_dtype, assignment.chunk_rows)
         _check_memory(device, assignment)
         device.allocate(assignment.chunk_rows, num_streams)
         self.device, self.workers, self._num_streams = device, workers, num_streams
-        self.movers = Movers(
-            device, workers, Wire(layer.in_features, layer.out_features, layer.dtype, out_dtype), staging
-        )
+        wire = Wire(layer.in_features, layer.out_features, layer.dtype, out_dtype)
+        self.movers = Movers(device, workers, wire, staging, self._upload.take)
 
     def restage(self, workers: Workers, staging: Staging) -> None:
         """Stage the next runs' rows with other workers and rings. Between runs only."""
@@ -51,8 +52,8 @@ class Station:
 
     @property
     def pinned_bytes(self) -> int:
-        """What its rings take, which are allocated when they are first used."""
-        return self.movers.pinned_bytes
+        """What its rings take, which are allocated when they are first used, and what the weights came through."""
+        return self.movers.pinned_bytes + self._upload.pinned_bytes
 
     def run(
         self,

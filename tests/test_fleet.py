@@ -98,6 +98,7 @@ def test_fleet_is_shared_by_consecutive_runs(devices: Any, monkeypatch: pytest.M
     options = RunOptions(devices=devices, chunk_rows=16)
     with nothing_left_behind():
         fleet = Fleet(LAYER, options)
+        fleet.open()
         opened = [station.device for station in fleet.stations]
         for x in (X, X[:33], X + 1):
             out, record = run_dataset(fleet, np.asfortranarray(x), None, options)
@@ -126,6 +127,7 @@ def test_fleet_keeps_the_buffers_that_iterables_are_gathered_in() -> None:
 def test_fleet_after_a_failed_run_is_ready(tmp_path: Path) -> None:
     options = RunOptions(devices="cpu", chunk_rows=16)
     fleet = Fleet(LAYER, options)
+    fleet.open()
 
     def fail(progress: Any) -> None:
         raise PlannedError
@@ -139,6 +141,7 @@ def test_fleet_after_a_failed_run_is_ready(tmp_path: Path) -> None:
 
 def test_fleet_with_a_narrow_wire_says_what_crosses_the_bus() -> None:
     fleet = Fleet(LAYER, RunOptions(devices="cpu", wire_dtype="bf16"))
+    fleet.open()
     try:
         assert fleet.wire_row_bytes == (12 * 2, 7 * 2) and fleet.out_dtype is FLOAT32
         assert fleet.stations_for(None, None) == fleet.stations

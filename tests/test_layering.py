@@ -17,7 +17,7 @@ LEVELS = {
     for level, parts in enumerate(
         [
             ["errors", "dtypes", "options", "keywords", "exclusive", "config", "instrument"],
-            ["arrays", "rows", "flow"],
+            ["arrays", "pages", "rows", "flow"],
             ["epilogues"],
             ["kernels"],
             ["layer"],
@@ -26,7 +26,7 @@ LEVELS = {
             ["io", "executor"],
             ["report"],
             ["tuning", "plan"],
-            ["station", "fleet", "run", "api"],
+            ["upload", "station", "fleet", "kept", "run", "api"],
             ["torch_op", "demo", "testing", ""],
             ["cli"],
             ["__main__"],

@@ -50,6 +50,7 @@ EXPORTS = {
     "pin",
     "register_sink",
     "register_source",
+    "release",
     "run_pipelined",
     "__version__",
 } | {name for name, value in vars(errors).items() if inspect.isclass(value) and issubclass(value, errors.PipelineError)}

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -51,6 +51,17 @@ class NativeCopies:
     error: Callable[[str, int], Exception]
 
 
+class Uploader(Protocol):
+    """Brings large arrays to a device faster than its own copies of ordinary memory do."""
+
+    def upload(self, rows: HostArray, copy: Callable[[int, HostArray], Callable[[], None]]) -> bool:
+        """Copy contiguous `rows` block by block. False, and nothing was copied, where that wouldn't be faster.
+
+        `copy` queues the copy of a block, pinned memory that begins with the row of that number, and gives what waits
+        for it. All copies are queued when this returns; the block's memory may be used again when all have ended.
+        """
+
+
 class Device(ABC):
     """One place where chunks are computed. See the module's docstring for the rules of ordering."""
 
@@ -60,6 +71,8 @@ class Device(ABC):
     runs_as: str = ""  # the precision that really runs; set by prepare()
     poison: bool = False  # overwrite pinned pieces between uses
     host_clock: bool = True  # its clock is the host's, time.perf_counter
+    allocated_bytes: int = 0  # memory of its own that it holds, apart from the host's; set by allocate()
+    uploader: Uploader | None = None  # for the layer's weights; set before prepare(), where somebody offers it
     has_bus: bool = False  # its memory is apart from the host's, and `for_copies` gives what measures the way between
 
     def now(self) -> float:

@@ -113,17 +113,18 @@ class CpuDevice(Device):
         return free_memory_bytes()
 
     def prepare(self, layer: Layer, out_dtype: DType, chunk_rows: int) -> None:
-        self._layer, self._out_dtype = layer, out_dtype
+        self._in_features, self._dtype = layer.in_features, layer.dtype
+        self._out_features, self._out_dtype = layer.out_features, out_dtype
         self._on_host = layer_at(self._place, layer, out_dtype, chunk_rows)
         self.kernel, self.runs_as = self._on_host.kernel, self._on_host.runs_as
 
     def allocate(self, chunk_rows: int, num_streams: int) -> None:
-        layer, scratch_bytes = self._layer, self._on_host.slot_bytes(chunk_rows)
+        scratch_bytes = self._on_host.slot_bytes(chunk_rows)
         try:
             self._scratch = [self._place.allocate(scratch_bytes, f"chunk {slot}") for slot in range(num_streams)]
-            self._inputs = [_aligned_rows(chunk_rows, layer) for _ in range(num_streams)]
+            self._inputs = [_aligned_rows(chunk_rows, self._in_features, self._dtype) for _ in range(num_streams)]
             self._outputs = [
-                np.empty((chunk_rows, layer.out_features), self._out_dtype.carrier) for _ in range(num_streams)
+                np.empty((chunk_rows, self._out_features), self._out_dtype.carrier) for _ in range(num_streams)
             ]
         except (MemoryError, ValueError) as error:  # ValueError: more bytes than an address can name
             raise DeviceMemoryError(
@@ -192,7 +193,7 @@ def free_memory_bytes() -> int | None:
         return None
 
 
-def _aligned_rows(rows: int, layer: Layer) -> HostArray:
+def _aligned_rows(rows: int, features: int, dtype: DType) -> HostArray:
     """Memory from which a product reads rows as they are (see `HostWeights`)."""
-    memory = aligned_memory(rows * layer.in_features * layer.dtype.itemsize)
-    return memory.view(layer.dtype.carrier).reshape(rows, layer.in_features)
+    memory = aligned_memory(rows * features * dtype.itemsize)
+    return memory.view(dtype.carrier).reshape(rows, features)

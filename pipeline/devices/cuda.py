@@ -96,7 +96,7 @@ class CudaDevice(Device):
         self._itemsize = layer.dtype.itemsize
         self._rows_in = PitchedRows.aligned(layer.in_features * self._itemsize)
         self._out_features, self._out_row_bytes = layer.out_features, layer.out_features * out_dtype.itemsize
-        place = CudaPlace(self.ordinal, self._memory, self._control)
+        place = CudaPlace(self.ordinal, self._memory, self._control, self.uploader)
         self._layer = layer_at(place, layer, out_dtype, chunk_rows)
         call("cuStreamSynchronize", self._control)
         self.kernel, self.runs_as = self._layer.kernel, self._layer.runs_as
@@ -113,6 +113,7 @@ class CudaDevice(Device):
             self._outputs.append(allocate(chunk_rows * self._out_row_bytes, f"output chunk {slot}"))
             self._scratch.append(allocate(scratch_bytes, f"parts of chunk {slot}") if scratch_bytes else 0)
             self._kernel_streams.append(_new_stream())
+        self.allocated_bytes = self._memory.allocated_bytes
 
     @_on_this_gpu
     def pinned(self, n_bytes: int) -> HostArray:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from pipeline.arrays import HostArray, address_of
 from pipeline.config import GIB
+from pipeline.devices.base import Uploader
 from pipeline.errors import DeviceMemoryError
 from pipeline.kernels.driver import call, call_error, driver
 from pipeline.kernels.launch import Launcher, in_context
 from pipeline.layer.base import ALIGNMENT_BYTES, Place
+from pipeline.pages import touched_memory
 from pipeline.rows import DeviceRows
 
 
@@ -22,11 +23,16 @@ class CudaMemory:
 
     def __init__(self, device_name: str) -> None:
         self._device_name = device_name
-        self._device: list[int] = []
-        self._pinned: list[int] = []
+        self._device: dict[int, int] = {}  # bytes by address
+        self._pinned: dict[int, HostArray] = {}  # by address
 
     def free_bytes(self) -> int:
         return int(call("cuMemGetInfo")[0])
+
+    @property
+    def allocated_bytes(self) -> int:
+        """Of the device."""
+        return sum(self._device.values())
 
     def allocate(self, n_bytes: int, what: str) -> int:
         """The address of new device memory.
@@ -41,24 +47,27 @@ class CudaMemory:
                 f"{what} needs {n_bytes / GIB:.2f} GiB on {self._device_name}, {self.free_bytes() / GIB:.2f} GiB are "
                 f"free; use smaller chunk_rows or num_streams, or free memory on the GPU"
             ) from error
-        self._device.append(address)
+        self._device[address] = n_bytes
         return address
 
     def pinned(self, n_bytes: int) -> HostArray:
-        address = int(call("cuMemHostAlloc", max(1, n_bytes), driver().CU_MEMHOSTALLOC_PORTABLE))
-        self._pinned.append(address)
-        return np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(address))
+        """New host memory for copies. Touching it with several threads and pinning it then is several times faster than
+        having the driver allocate it (docs/notes/start.md)."""
+        memory = touched_memory(max(1, n_bytes))
+        call("cuMemHostRegister", address_of(memory), memory.nbytes, driver().CU_MEMHOSTREGISTER_PORTABLE)
+        self._pinned[address_of(memory)] = memory
+        return memory[:n_bytes]
 
     def free_pinned(self, memory: HostArray) -> None:
         address = address_of(memory)
-        self._pinned.remove(address)
-        call("cuMemFreeHost", address)
+        self._pinned.pop(address)
+        call("cuMemHostUnregister", address)
 
     def close(self) -> None:
         for address in self._device:
             driver().cuMemFree(address)
         for address in self._pinned:
-            driver().cuMemFreeHost(address)
+            driver().cuMemHostUnregister(address)
         self._device.clear()
         self._pinned.clear()
 
@@ -110,8 +119,9 @@ class CudaPlace(Place):
 
     kind = "cuda"
 
-    def __init__(self, ordinal: int, memory: CudaMemory, stream: Any) -> None:
+    def __init__(self, ordinal: int, memory: CudaMemory, stream: Any, uploader: Uploader | None = None) -> None:
         self.ordinal, self.stream, self._memory, self._stream = ordinal, int(stream), memory, stream
+        self._uploader = uploader
 
     def allocate(self, n_bytes: int, what: str) -> int:
         return self._memory.allocate(n_bytes, what)
@@ -125,9 +135,26 @@ class CudaPlace(Place):
     def upload_rows(self, rows: HostArray, what: str) -> DeviceRows:
         layout = PitchedRows.aligned(rows.shape[1] * rows.itemsize)
         address = self.allocate(len(rows) * layout.pitch_bytes, what)
-        layout.copy_in(address, rows, self._stream)
+
+        def copy(first: int, block: HostArray) -> Callable[[], None]:
+            layout.copy_in(address + first * layout.pitch_bytes, block, self._stream)
+            return self._recorded()
+
+        if self._uploader is None or not self._uploader.upload(rows, copy):
+            layout.copy_in(address, rows, self._stream)
         call("cuStreamSynchronize", self._stream)
         return DeviceRows(self.ordinal, address, layout.pitch_bytes // rows.itemsize, len(rows), self._memory)
+
+    def _recorded(self) -> Callable[[], None]:
+        """What waits for all that is queued so far. To be called once."""
+        event = call("cuEventCreate", driver().CUevent_flags.CU_EVENT_DISABLE_TIMING)
+        call("cuEventRecord", event, self._stream)
+
+        def wait() -> None:
+            call("cuEventSynchronize", event)
+            call("cuEventDestroy", event)
+
+        return wait
 
     def read(self, address: int, n_bytes: int) -> bytes:
         host = ctypes.create_string_buffer(n_bytes)

@@ -81,6 +81,7 @@ def open_source(value: Any, request: SourceRequest) -> Source:
     """
     if isinstance(value, GeneratorType) and value.gi_frame is None:  # it would pass for an empty dataset
         raise InputError("source is a generator that has ended already, expected a new one for each run")
+    request.before_rows()
     return BatchSource(value, request)
 
 

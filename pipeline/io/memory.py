@@ -8,13 +8,17 @@ from typing import Any
 import numpy as np
 
 from pipeline.arrays import HostArray, address_of, byte_range, convert, host_tensor, host_view, is_cuda, is_torch
+from pipeline.config import MIB
 from pipeline.dtypes import Cast, DType, cast_between, parse_dtype
 from pipeline.errors import DTypeError, InputError, OptionError
 from pipeline.flow import Chunk, Sink, Source, Span
 from pipeline.io.mapped import is_in_file, memmap_of, open_map, open_map_sink, open_map_source
 from pipeline.io.registry import SinkRequest, SourceRequest
 from pipeline.layer.checks import check_gpu_layout, check_gpu_out, check_out
+from pipeline.pages import RESULTS, memory_bytes
 from pipeline.rows import DeviceRows, PlainRows, SourceRows, TargetRows
+
+_RECYCLED_BYTES = 32 * MIB  # results of fewer are an array of NumPy's own
 
 
 class ArrayRows(SourceRows, TargetRows):
@@ -136,7 +140,7 @@ class GrowingSink(Sink):
         self._features, self._dtype, self.cast, self._wrap = out_features, dtype, cast, wrap
         self._blocks: dict[int, HostArray] = {}
         try:
-            self._whole = self._rows(memory_bytes() // (out_features * dtype.itemsize))
+            self._whole = self._rows(_most_memory_bytes() // (out_features * dtype.itemsize))
         except MemoryError:
             self._whole = self._rows(0)
 
@@ -163,9 +167,9 @@ class GrowingSink(Sink):
         return self._wrap(whole)
 
 
-def memory_bytes() -> int:
+def _most_memory_bytes() -> int:
     """Most of the machine's memory. By default Linux grants an allocation of no more than that, used or not."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 16 * 15
+    return memory_bytes() // 16 * 15
 
 
 class CudaSink(Sink):
@@ -239,8 +243,13 @@ def new_result(request: SinkRequest) -> Sink:
     wrap = wrapper(source, dtype)
     if source.rows is None:
         return GrowingSink(request.out_features, dtype, request.cast, wrap)
-    array = np.empty((source.rows, request.out_features), dtype.carrier)
-    return ArraySink(wrap(array), array, request.cast, fresh=True)
+    shape = source.rows, request.out_features
+    n_bytes = shape[0] * shape[1] * dtype.itemsize
+    if n_bytes < _RECYCLED_BYTES:
+        return ArraySink(wrap(array := np.empty(shape, dtype.carrier)), array, request.cast, fresh=True)
+    memory, recycled = RESULTS.take(n_bytes)
+    array = memory.view(dtype.carrier).reshape(shape)
+    return ArraySink(wrap(array), array, request.cast, fresh=not recycled)
 
 
 def wrapper(source: Source, dtype: DType) -> Any:

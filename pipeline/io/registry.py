@@ -37,18 +37,24 @@ def _nowhere(array: HostArray) -> bool:
     return False
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class SourceRequest:
     """What is asked of a source: rows of `in_features` elements of `dtype`.
 
-    `is_pinned` says whether the copy engines can read a contiguous array in place. In a stream, `on_batch` is called
-    with the rows of each batch before it is gathered, and gives the place of its result.
+    `is_pinned` says whether the copy engines can read a contiguous array in place. `before_rows` is called before any
+    row of an iterable is asked for, since those can't be given back, and raises where no run is possible. In a stream,
+    `on_batch` is called with the rows of each batch before it is gathered, and gives the place of its result.
     """
 
     in_features: int
     dtype: DType
     is_pinned: Callable[[HostArray], bool] = _nowhere
     on_batch: Callable[[int], BatchResult | None] | None = None
+    before_rows: Callable[[], None] = _nothing
 
     def check_rows(self, shape: tuple[int, ...], what: str = "the source", example: str = "") -> None:
         """Check the shape of what is opened; `what` is what messages call it, `example` how it is reshaped.

@@ -127,6 +127,11 @@ class Layer(ABC):
         self.in_features, self.out_features, self.dtype = in_features, out_features, parse_dtype(dtype)
         self.precision = parse_precision(precision, self.dtype)
 
+    def state(self) -> tuple[Any, ...]:
+        """What the layer's copies on devices are made from, besides what never changes: a copy is used again while
+        these are the same objects."""
+        return ()
+
     @abstractmethod
     def on(self, place: Place, out_dtype: DType, chunk_rows: int) -> DeviceLayer:
         """This layer at a place, for results of `out_dtype` and up to `chunk_rows` rows at a time. Blocks.

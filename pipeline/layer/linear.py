@@ -176,6 +176,9 @@ class FusedLinear(Layer):
             error.add_note(f"pipeline: in {path}")
             raise
 
+    def state(self) -> tuple[Any, ...]:
+        return self.weight, self.bias, self.epilogue, self.dtype, self.precision
+
     def rounded_to(self, dtype: DType, narrow: Callable[[HostArray], HostArray]) -> FusedLinear:
         """The same layer with weight and bias in another element type; `narrow` rounds an array to its carrier."""
         other = copy.copy(self)

@@ -10,9 +10,11 @@ from pipeline.arrays import HostArray
 from pipeline.config import debug
 from pipeline.dtypes import DType
 
+_ALIGNMENT_BYTES = 64  # a cache line: where pieces begin
+
 
 class Ring:
-    """Pinned pieces of one size in one direction: each holds up to `piece_rows` rows. Allocated at first use.
+    """Pinned pieces of one size in one direction: each holds up to `piece_rows` rows. Allocated together at first use.
 
     With `poison`, or the environment variable PIPELINE_DEBUG set, a piece is overwritten with NaN bytes when it is
     given back, so that a copy which still reads it shows in the result.
@@ -32,14 +34,15 @@ class Ring:
         self.piece_rows = max(1, piece_bytes // self.row_bytes)
         self.pieces, self.features = pieces, features
         self._allocate, self.dtype = allocate, dtype
-        self._memory: list[HostArray] = []
+        self._whole: HostArray | None = None
+        self._memory: list[HostArray] = []  # by piece
         self._pieces: list[HostArray] = []  # the same as rows
         self._free: deque[int] = deque(range(pieces))
         self.poison = poison or debug()
 
     @property
     def allocated_bytes(self) -> int:
-        return len(self._memory) * self.piece_rows * self.row_bytes
+        return 0 if self._whole is None else self._whole.nbytes
 
     @property
     def available(self) -> bool:
@@ -52,12 +55,19 @@ class Ring:
 
     def take(self) -> int:
         """A free piece's number."""
-        while len(self._pieces) < self.pieces:  # none is lost where an allocation fails or is interrupted
-            if len(self._memory) == len(self._pieces):
-                self._memory.append(self._allocate(self.piece_rows * self.row_bytes))
-            rows = self._memory[len(self._pieces)].view(self.dtype.carrier)
-            self._pieces.append(rows.reshape((self.piece_rows, self.features)))
+        if not self._pieces:
+            self._cut()
         return self._free.popleft()
+
+    def _cut(self) -> None:
+        """Allocate the memory, where an interrupted call hasn't, and cut it into pieces."""
+        n_bytes = self.piece_rows * self.row_bytes
+        step = -(-n_bytes // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        if self._whole is None:
+            self._whole = self._allocate(step * self.pieces)
+        self._memory = [self._whole[i * step : i * step + n_bytes] for i in range(self.pieces)]
+        shape = self.piece_rows, self.features
+        self._pieces = [memory.view(self.dtype.carrier).reshape(shape) for memory in self._memory]
 
     def take_all(self) -> list[HostArray]:
         """The memory of all pieces, none of which is free then."""
@@ -77,9 +87,9 @@ class Ring:
 
     def free(self, free: Callable[[HostArray], None]) -> None:
         """Free the memory with `free`. Nothing may be using a piece, now or later."""
-        for memory in self._memory:
-            free(memory)
-        self._memory, self._pieces = [], []
+        if self._whole is not None:
+            free(self._whole)
+        self._whole, self._memory, self._pieces = None, [], []
 
     def give_back_all(self) -> None:
         """Every piece is free again: after an abort, once nothing uses them any more."""

@@ -40,7 +40,7 @@ def test_executor_never_reads_further_ahead_than_its_slots(seed: int, monkeypatc
     rig.run(feed, CountingSink(rig.out), count)
     assert_same_bits(rig.out, rig.expected)
     assert max(most) <= rig.num_streams * 16
-    assert rig.movers.pinned_bytes == rig.pieces * (5 * 17 + 9 * 9) * 4
+    assert rig.movers.pinned_bytes == rig.pieces * (384 + 384), "pieces of 5 * 17 and 9 * 9 floats, in whole lines"
 
 
 def test_pipeline_reads_an_iterable_only_as_far_ahead_as_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:

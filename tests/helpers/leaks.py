@@ -12,6 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipeline import release
+
 
 def pipeline_threads(*, copy_workers: bool = True) -> list[str]:
     """The names of the package's threads. Copy workers of an open Pipeline start when they are first needed."""
@@ -31,11 +33,14 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 @contextmanager
 def nothing_left_behind(folder: Path | None = None, *, copy_workers: bool = True) -> Iterator[None]:
-    """No thread of ours, file descriptor, or file in `folder` ending in .partial is left that wasn't there before."""
+    """No thread of ours, file descriptor, or file in `folder` ending in .partial is left that wasn't there before. What
+    runs keep warm is closed first."""
+    release()
     gc.collect()
     process = psutil.Process()
     threads, fds = pipeline_threads(copy_workers=copy_workers), process.num_fds()
     yield
+    release()
     gc.collect()
     wait_until(lambda: pipeline_threads(copy_workers=copy_workers) == threads and process.num_fds() <= fds, seconds=3.0)
     assert pipeline_threads(copy_workers=copy_workers) == threads

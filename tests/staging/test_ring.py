@@ -33,7 +33,7 @@ def test_ring_gives_each_piece_once_until_it_comes_back() -> None:
     assert found.allocated_bytes == 0
     taken = [found.take() for _ in range(3)]
     assert sorted(taken) == [0, 1, 2] and not found.available and found.free_pieces == []
-    assert found.allocated_bytes == 300
+    assert found.allocated_bytes == 3 * 128, "each piece begins with a cache line"
     found.give_back(taken[1])
     assert found.available and found.free_pieces == [taken[1]] and found.take() == taken[1]
     found.give_back_all()
@@ -55,7 +55,7 @@ def test_ring_loses_no_piece_where_an_allocation_fails() -> None:
     calls = iter(range(10))
 
     def fails_once(n_bytes: int) -> HostArray:
-        if next(calls) == 1:
+        if next(calls) == 0:
             raise MemoryError
         return memory(n_bytes)
 
@@ -64,7 +64,15 @@ def test_ring_loses_no_piece_where_an_allocation_fails() -> None:
         found.take()
     assert sorted(found.take() for _ in range(3)) == [0, 1, 2]
     found.free(freed.append)
-    assert len(freed) == 3 and found.allocated_bytes == 0
+    assert [block.nbytes for block in freed] == [3 * 128] and found.allocated_bytes == 0
+
+
+def test_ring_pieces_are_apart() -> None:
+    found = ring()
+    pieces = [found.rows(found.take(), 5) for _ in range(3)]
+    for number, piece in enumerate(pieces):
+        piece[:] = number
+    assert [set(piece.ravel().tolist()) for piece in pieces] == [{0.0}, {1.0}, {2.0}]
 
 
 def test_ring_gives_all_its_memory_at_once() -> None:
