@@ -69,7 +69,7 @@ class Fleet:
             self._tuning = Tuning(self._devices)
             self.staging = self._tuning.staging
             self._make_stations()
-            self._note_ceilings()
+            self.ceilings = _row_ceilings(self._tuning, self._devices, self.wire_row_bytes)
         except BaseException:
             self.close()
             raise
@@ -148,7 +148,7 @@ class Fleet:
             station.restage(workers, self.staging)
         if old is not None and old is not shared:
             old.close()
-        self._note_ceilings()
+        self.ceilings = _row_ceilings(self._tuning, self._devices, self.wire_row_bytes)
 
     def ceilings_of(self, recorders: Sequence[Recorder], run_s: float) -> dict[str, Ceilings]:
         """What a run compares with, by the names of its devices, for the bytes that it moved in `run_s` seconds.
@@ -159,16 +159,9 @@ class Fleet:
             return {each.device: self.ceilings[each.device] for each in recorders if each.device in self.ceilings}
         moved_bytes = {stage: sum(each.totals[stage].bytes for each in recorders) for stage in STAGES}
         if len(recorders) == len(self._devices) and self._tuning.raise_to(moved_bytes, run_s):
-            self._note_ceilings()
+            self.ceilings = _row_ceilings(self._tuning, self._devices, self.wire_row_bytes)
         found = self._tuning.measured.ceilings(moved_bytes, len(self._devices))
         return {each.device: found for each in recorders}
-
-    def _note_ceilings(self) -> None:
-        if self._tuning.measured is not None:
-            in_bytes, out_bytes = self.wire_row_bytes
-            of_a_row = {"fill": in_bytes, "H2D": in_bytes, "D2H": out_bytes, "drain": out_bytes}
-            found = self._tuning.measured.ceilings(of_a_row, len(self._devices))
-            self.ceilings = {device.name: found for device in self._devices}
 
     @property
     def wire_row_bytes(self) -> tuple[int, int]:
@@ -196,6 +189,16 @@ class Fleet:
             return self.gather_buffers[-1]
 
         return take
+
+
+def _row_ceilings(tuning: Tuning, devices: Sequence[Device], row_bytes: tuple[int, int]) -> dict[str, Ceilings]:
+    """What was measured of the devices, by their names, for rows of so many bytes in and out."""
+    if tuning.measured is None:
+        return {}
+    in_bytes, out_bytes = row_bytes
+    of_a_row = {"fill": in_bytes, "H2D": in_bytes, "D2H": out_bytes, "drain": out_bytes}
+    found = tuning.measured.ceilings(of_a_row, len(devices))
+    return {device.name: found for device in devices}
 
 
 def _check_layer(layer: Any) -> None:
