@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     import torch
 
 HostArray = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class TypedArray:
+    """An array in its carrier type, beside the element type that it stands for: for types that NumPy lacks."""
+
+    array: HostArray
+    dtype: DType
 
 
 def is_torch(value: Any) -> bool:
@@ -42,6 +51,8 @@ def shape_of(value: Any, what: str, expected: str = "a NumPy array or a torch te
         InputError: something else.
         ShapeError: lists of different lengths.
     """
+    if isinstance(value, TypedArray):
+        return value.array.shape
     if not (is_torch(value) or hasattr(value, "__array__") or isinstance(value, (list, tuple))):
         raise InputError(f"{what} is a {type(value).__name__}, expected {expected}")
     try:
@@ -62,6 +73,8 @@ def host_view(value: Any, what: str, remedy: str = CONVERT) -> tuple[HostArray, 
         DTypeError: object, integer, complex or any other unsupported element type; a sparse or quantized tensor, a
             lazily negated one, or a masked array.
     """
+    if isinstance(value, TypedArray):
+        return value.array, value.dtype
     if is_torch(value):
         import torch
 

@@ -119,6 +119,12 @@ class Launcher:
         self._lock = threading.Lock()
         self.choose = functools.lru_cache(maxsize=1024)(self._choose)
 
+    def memory_bytes(self) -> tuple[int, int]:
+        """Free memory of the device and all of it."""
+        with in_context(self.context):
+            free, total = call("cuMemGetInfo")
+        return int(free), int(total)
+
     def load(self, variant: Variant) -> LoadedKernel:
         """`variant` on this device, compiled and loaded at the first call.
 

@@ -88,7 +88,7 @@ def test_cache_leaves_nothing_where_it_cannot_write(
 
 COMPILE = """
 import sys
-from pipeline.kernels import all_variants
+from pipeline.kernels.choose import all_variants
 from pipeline.kernels.compile import compile_variant
 variant = next(each for each in all_variants("sm_90a") if "ieee, 32x64" in each.description)
 assert compile_variant(variant, "sm_90a").from_cache == (sys.argv[1] == "hit")
