@@ -79,13 +79,13 @@ def host_array(rows: Any, features: int, dtype: Any) -> Any:
 def run_files(device: str, folder: Path) -> list[str]:
     """The command line on files. What it has loaded of HEAVY comes back."""
     x, weights = folder / "x.npy", folder / "layer.safetensors"
-    common = ("--weights", weights, "--devices", device, "--precision", "tf32")
+    common = ("--weights", weights, "--devices", device, "--precision", "tf32", "--chunk-rows", "128")
     command("run", x, *common, "--out", folder / "plain.npy")
     loaded = sorted(HEAVY & set(sys.modules))
     command("run", x, *common, "--out", folder / "traced.npy", "--trace", folder / "trace.json")
     sys.stderr.isatty = lambda: True  # type: ignore[method-assign]
     command("run", x, *common, "--out", folder / "bar.npy")
-    narrow = ("--weights", weights, "--devices", device, "--wire-dtype", "bf16")
+    narrow = ("--weights", weights, "--devices", device, "--wire-dtype", "bf16", "--chunk-rows", "128")
     command("run", x, *narrow, "--out", folder / "wire.npy")
     assert "torch" in command("info")["versions"]
     return loaded
@@ -103,7 +103,7 @@ def run_arrays(device: str, folder: Path) -> None:
     x, expected = np.load(folder / "x.npy"), np.load(folder / "plain.npy")
 
     def check(source: Any, out: Any = None) -> None:
-        result = run_pipelined(layer, source, out, devices=device)
+        result = run_pipelined(layer, source, out, devices=device, chunk_rows=128)
         got = result.out if isinstance(result.out, np.ndarray) else np.load(result.out)
         np.testing.assert_array_equal(got, expected)
         assert result.stats.lines() and result.stats.as_dict()
@@ -118,7 +118,7 @@ def run_arrays(device: str, folder: Path) -> None:
     if device != "sim":
         with pin(x):
             check(x)
-    with Pipeline(layer, devices=device) as pipeline:
+    with Pipeline(layer, devices=device, chunk_rows=128) as pipeline:
         streamed = np.concatenate(list(pipeline.stream(np.array_split(x, 7))))
     np.testing.assert_array_equal(streamed, expected)
     in_bf16 = FusedLinear.from_file(folder / "bf16.safetensors")

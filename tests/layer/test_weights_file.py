@@ -16,7 +16,7 @@ import torch
 from helpers.layers import TORCH_DTYPES
 from safetensors.torch import save_file
 
-from pipeline import DTypeError, FusedLinear, run_pipelined
+from pipeline import DTypeError, FusedLinear, ShapeError, run_pipelined
 from pipeline.dtypes import BFLOAT16
 
 
@@ -84,6 +84,13 @@ def test_weights_at_any_position_in_the_file(tmp_path: Path, shift: int) -> None
     layer = FusedLinear.from_file(tmp_path / "l.safetensors")
     np.testing.assert_array_equal(layer.weight, weight)
     assert layer.weight.ctypes.data % 4 == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0)])
+def test_weights_without_elements_are_refused(tmp_path: Path, shape: tuple[int, int]) -> None:
+    write_raw(tmp_path / "l.safetensors", "F32", b"", shape)
+    with pytest.raises(ShapeError, match="at least 1 feature in and out"):
+        FusedLinear.from_file(tmp_path / "l.safetensors")
 
 
 def test_weights_of_bfloat16_keep_their_bits(tmp_path: Path) -> None:
