@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -88,10 +89,16 @@ def host_view(value: Any, what: str, remedy: str = CONVERT) -> tuple[HostArray, 
         tensor = value.detach()
         return (tensor if dtype.in_numpy else tensor.view(getattr(torch, dtype.carrier.name))).numpy(), dtype
     array = np.asanyarray(value)
-    if isinstance(array, np.ma.MaskedArray):
+    if type(array) is not np.ndarray and _is_masked(array):
         raise DTypeError(f"{what} is a masked array, its mask would be lost; use .filled() first")
     dtype = parse_dtype(array.dtype.newbyteorder("="), f"{what} dtype", remedy)
     return (array if dtype.in_numpy else array.view(dtype.carrier)), dtype
+
+
+def _is_masked(array: HostArray) -> bool:
+    """Whether it is a masked array, without importing numpy.ma: where nobody has, there is none."""
+    masked = sys.modules.get("numpy.ma")
+    return masked is not None and isinstance(array, masked.MaskedArray)
 
 
 def host_tensor(array: HostArray, dtype: DType) -> torch.Tensor:

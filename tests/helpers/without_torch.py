@@ -19,7 +19,7 @@ from typing import Any
 
 tried: list[str] = []
 # What takes milliseconds to import, and no run to a file on one device has a use for.
-HEAVY = {"torch", "rich", "cuda.core", "ml_dtypes", "asyncio", "email", "multiprocessing", "numpy.testing"}
+HEAVY = {"torch", "rich", "cuda.core", "ml_dtypes", "asyncio", "email", "multiprocessing", "numpy.testing", "numpy.ma"}
 HEAVY |= {"importlib.metadata", "http", "ssl", "socket", "sqlite3", "matplotlib", "bokeh", "pipeline.plan.simulate"}
 
 
