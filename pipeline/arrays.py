@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +21,14 @@ if TYPE_CHECKING:
     import torch
 
 HostArray = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class TypedArray:
+    """An array in its carrier type, beside the element type that it stands for: for types that NumPy lacks."""
+
+    array: HostArray
+    dtype: DType
 
 
 def is_torch(value: Any) -> bool:
@@ -42,6 +52,8 @@ def shape_of(value: Any, what: str, expected: str = "a NumPy array or a torch te
         InputError: something else.
         ShapeError: lists of different lengths.
     """
+    if isinstance(value, TypedArray):
+        return value.array.shape
     if not (is_torch(value) or hasattr(value, "__array__") or isinstance(value, (list, tuple))):
         raise InputError(f"{what} is a {type(value).__name__}, expected {expected}")
     try:
@@ -62,6 +74,8 @@ def host_view(value: Any, what: str, remedy: str = CONVERT) -> tuple[HostArray, 
         DTypeError: object, integer, complex or any other unsupported element type; a sparse or quantized tensor, a
             lazily negated one, or a masked array.
     """
+    if isinstance(value, TypedArray):
+        return value.array, value.dtype
     if is_torch(value):
         import torch
 
@@ -75,10 +89,16 @@ def host_view(value: Any, what: str, remedy: str = CONVERT) -> tuple[HostArray, 
         tensor = value.detach()
         return (tensor if dtype.in_numpy else tensor.view(getattr(torch, dtype.carrier.name))).numpy(), dtype
     array = np.asanyarray(value)
-    if isinstance(array, np.ma.MaskedArray):
+    if type(array) is not np.ndarray and _is_masked(array):
         raise DTypeError(f"{what} is a masked array, its mask would be lost; use .filled() first")
     dtype = parse_dtype(array.dtype.newbyteorder("="), f"{what} dtype", remedy)
     return (array if dtype.in_numpy else array.view(dtype.carrier)), dtype
+
+
+def _is_masked(array: HostArray) -> bool:
+    """Whether it is a masked array, without importing numpy.ma: where nobody has, there is none."""
+    masked = sys.modules.get("numpy.ma")
+    return masked is not None and isinstance(array, masked.MaskedArray)
 
 
 def host_tensor(array: HostArray, dtype: DType) -> torch.Tensor:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import nvtx
+
 STAGES = ("fill", "H2D", "kernel", "D2H", "drain")
 RUN = "run"  # the range around a whole run on one device; its payload is the run's number in the process
 
@@ -23,8 +25,6 @@ class Ranges:
     """
 
     def __init__(self) -> None:
-        import nvtx
-
         self._domain: Any = nvtx.get_domain("pipeline")
         self.active = type(self._domain).__name__ != "DummyDomain"
 

@@ -159,3 +159,11 @@ def test_package_files_name_no_registry_and_no_machine_path() -> None:
 )
 def test_package_rule_finds_registries_and_machine_paths(text: str, named: bool) -> None:
     assert bool(FORBIDDEN.search(text)) == named
+
+
+def test_package_computes_on_the_cpu_without_cuda_bindings() -> None:
+    code = "import sys; sys.modules['cuda'] = None\nimport numpy as np\n"
+    code += "from pipeline import FusedLinear, run_pipelined\n"
+    code += "layer = FusedLinear(np.eye(4, dtype='f4'), scaling_factor=0.0)\n"
+    code += "print(run_pipelined(layer, np.ones((3, 4), 'f4')).out.sum())"
+    assert run_python(code) == "12.0"

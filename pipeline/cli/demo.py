@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 
 from pipeline.cli.parser import Commands, add_options, count
 from pipeline.errors import PipelineError
+from pipeline.kernels.start import start_gpus
 
 
 def add_commands(commands: Commands) -> None:
@@ -21,6 +21,9 @@ def add_commands(commands: Commands) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    import statistics
+
+    start_gpus(args.devices)  # before NumPy and torch are imported
     from pipeline.demo import run_demo
     from pipeline.devices.names import find_devices
 

@@ -20,8 +20,6 @@ def add_commands(commands: Commands) -> None:
 
 def _gpu_info(ordinal: int) -> dict[str, Any]:
     """What one GPU is, and the kernel that each type and precision gets there (selected, not compiled)."""
-    import torch
-
     from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32
     from pipeline.kernels.choose import Problem, select
     from pipeline.kernels.launch import Launcher
@@ -36,44 +34,54 @@ def _gpu_info(ordinal: int) -> dict[str, Any]:
         chosen = select(gpu.arch, problem, 4096, 16, multiprocessors=gpu.multiprocessors)
         kernels[f"{dtype} {precision}".strip()] = chosen.description
     info = {"name": gpu.name, "arch": gpu.arch, "multiprocessors": gpu.multiprocessors}
-    if torch.cuda.is_available():
-        info["free_bytes"], info["memory_bytes"] = torch.cuda.mem_get_info(ordinal)
-    else:
-        info["note"] = (
-            f"torch {torch.__version__} has no CUDA: files and host arrays stream, CUDA tensors can't be used"
-        )
+    info["free_bytes"], info["memory_bytes"] = gpu.memory_bytes()
+    torch_version, torch_cuda = _torch_versions()
+    if torch_cuda == "none":
+        info["note"] = f"torch {torch_version} has no CUDA: files and host arrays stream, CUDA tensors can't be used"
     return {**info, "kernels": kernels}
+
+
+def _torch_versions() -> tuple[str, str]:
+    """torch's version and that of its CUDA, as torch.version has them: importing torch takes seconds."""
+    from importlib.metadata import PackageNotFoundError, distribution
+    from runpy import run_path
+
+    try:
+        path = distribution("torch").locate_file("torch/version.py")
+        about = run_path(str(path))
+    except (PackageNotFoundError, OSError):
+        return "not installed", "none"
+    return str(about["__version__"]), about["cuda"] or "none"
 
 
 def collect() -> dict[str, Any]:
     from importlib.metadata import PackageNotFoundError, version
 
-    import torch
-
     from pipeline import config
     from pipeline.devices.cuda import count_gpus
     from pipeline.devices.names import open_device
+    from pipeline.kernels.cache import kept_bytes
     from pipeline.tuning import tune
 
     versions = {"pipeline": __version__, "python": sys.version.split()[0]}
-    for package in ("numpy", "torch", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc"):
+    for package in ("numpy", "cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "not installed"
-    versions["torch's CUDA"] = torch.version.cuda or "none"
+    versions["torch"], versions["torch's CUDA"] = _torch_versions()
     devices: dict[str, Any] = {}
     try:
         devices = {f"cuda:{i}": _gpu_info(i) for i in range(count_gpus())}
     except DeviceError as error:  # there is a driver, and it doesn't work
         devices["cuda"] = {"error": one_line(error)}
     cpu = open_device("cpu")
-    devices["cpu"] = {"name": cpu.description, "kernels": {"all": f"torch {torch.__version__} and NumPy"}}
+    devices["cpu"] = {"name": cpu.description, "kernels": {"all": f"torch {versions['torch']} and NumPy"}}
     cpu.close()
     names = [f"{gpu['name']} ({gpu['arch']})" for gpu in devices.values() if "arch" in gpu]
     measured = tune.known(tune.machine_facts(names)) if names else None
     staging = config.Staging.chosen(None if measured is None else measured.staging())
-    sizes = [path.stat().st_size for path in (config.cache_dir() / "kernels").rglob("*") if path.is_file()]
+    sizes = kept_bytes(config.cache_dir() / "kernels")
     return {
         "versions": versions,
         "devices": devices,

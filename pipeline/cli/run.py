@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cli.parser import Commands, add_options, options_of
-from pipeline.cli.shell import held_trace_warnings
+from pipeline.cli.shell import held_trace_warnings, start_for_gpus
 from pipeline.errors import OutputError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    start_for_gpus(args.devices)  # before NumPy is imported
     from pipeline.api import run_pipelined
     from pipeline.layer.linear import FusedLinear
 

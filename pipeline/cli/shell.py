@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from pipeline.errors import CompileError, PipelineError, TraceWarning
+from pipeline.kernels.start import start_gpus
 from pipeline.options import OPTIONS
 
 _REMEDIES = {
@@ -61,6 +62,16 @@ def run_command(action: Callable[[argparse.Namespace], int], args: argparse.Name
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def start_for_gpus(devices: list[str] | None) -> None:
+    """Start the GPUs that a command asks for (None: all) while it imports NumPy and what else it needs.
+
+    NumPy computes nothing there, so that the threads of its OpenBLAS aren't started: they would spin for a while. That
+    is this process's own affair; programs that import the package keep their settings.
+    """
+    if start_gpus(devices) is not None:
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def _on_sigterm(*_: Any) -> NoReturn:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from pipeline.devices.base import Device
+from typing import TYPE_CHECKING
+
 from pipeline.errors import DeviceNotFoundError, OptionError
 from pipeline.options import parsed
+
+if TYPE_CHECKING:
+    from pipeline.devices.base import Device
+
+
+def import_gpu_code() -> None:
+    """Import now what the first run on a GPU would import: where there is none, it is small beside torch."""
+    from pipeline.devices import cuda  # noqa: F401
+    from pipeline.kernels.driver import import_bindings
+    from pipeline.layer import gpu  # noqa: F401
+
+    import_bindings()
 
 
 def find_devices(wanted: str | list[str] | tuple[str, ...] | None) -> list[str]:

@@ -1,29 +1,30 @@
-"""Compiles a kernel variant with NVRTC to a cubin, and keeps cubins in a cache directory of the user's own.
+"""Compiles a kernel variant with NVRTC to a cubin, or finds the cubin in a cache directory of the user's own (`cache`).
 
-Compiling needs no GPU and no driver. The cache is keyed by source (of which the epilogue's is a part), headers, options
-and compiler version; each entry carries a digest, so a damaged one is compiled again.
+Compiling needs no GPU and no driver. An entry of the cache stands for the source (of which the epilogue's is a part),
+our headers, the architecture and the options, and for the compiler's files as they were: CUDA's headers and NVRTC's
+library. A kernel that is found there imports neither cuda.core nor cuda.pathfinder.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
-import os
 import re
-import stat
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import cache_dir
 from pipeline.errors import CompileError, DeviceError
+from pipeline.kernels.cache import Entry, FileState, entry_path, load, own_directory, save
 from pipeline.kernels.variant import Variant
 
 _CUDA_HEADERS = ("cuda_bf16.h", "cuda_bf16.hpp", "cuda_fp16.h", "cuda_fp16.hpp")
-_DIGEST_BYTES = hashlib.sha256().digest_size
+# NOTE: where there is a GPU, NVRTC keeps a cache of its own, and its hits come without ptxas's report
+# (docs/notes/kernels.md).
+_OPTIONS: dict[str, Any] = {"std": "c++17", "ptxas_options": ["-v"], "no_cache": True}
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,25 @@ def _cuda_include_dir() -> Path:
     return Path(found)
 
 
+def _compiler_files() -> tuple[FileState, ...]:
+    """What a kernel is made of besides our sources: CUDA's headers, and the compiler.
+
+    Raises:
+        OSError: one of them isn't there.
+    """
+    from cuda.pathfinder import load_nvidia_dynamic_lib
+
+    compiler = load_nvidia_dynamic_lib("nvrtc").abs_path
+    if compiler is None:
+        raise OSError("it isn't known which file NVRTC was loaded from")
+    return tuple(FileState.of(path) for path in (compiler, *(_cuda_include_dir() / name for name in _CUDA_HEADERS)))
+
+
 @functools.cache
-def _header_digest(*folders: Path) -> bytes:
-    """A digest of every file a kernel may include. Computed once a process: sources don't change under a run."""
-    csrc, cuda = folders
+def _csrc_digest() -> bytes:
+    """A digest of our headers. Computed once a process: sources don't change under a run."""
     digest = hashlib.sha256()
-    for path in [*sorted(csrc.glob("*.cuh")), *(cuda / name for name in _CUDA_HEADERS)]:
+    for path in sorted(csrc_dir().glob("*.cuh")):
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.digest()
 
@@ -99,6 +113,8 @@ def compile_source(source: str, arch: str, include_dirs: tuple[Path, ...]) -> Co
     Raises:
         CompileError: with NVRTC's log and options.
     """
+    import io
+
     from cuda.core import Program
 
     options = _program_options(arch, include_dirs)
@@ -115,88 +131,38 @@ def compile_source(source: str, arch: str, include_dirs: tuple[Path, ...]) -> Co
 def _program_options(arch: str, include_dirs: tuple[Path, ...]) -> Any:
     from cuda.core import ProgramOptions
 
-    # NOTE: where there is a GPU, NVRTC keeps a cache of its own, and its hits come without ptxas's report
-    # (docs/notes/kernels.md).
-    return ProgramOptions(
-        arch=arch,
-        std="c++17",
-        ptxas_options=["-v"],
-        include_path=[str(folder) for folder in include_dirs],
-        no_cache=True,
-    )
+    return ProgramOptions(arch=arch, include_path=[str(folder) for folder in include_dirs], **_OPTIONS)
 
 
 def compile_variant(variant: Variant, arch: str) -> CompiledKernel:
     """The machine code of `variant` for `arch`, from the cache if it is there.
 
     Blocks for about a second when it isn't. Threads and processes may call it at once. A cache directory that can't
-    be trusted or written is reported as a RuntimeWarning and left alone.
+    be trusted, read or written is reported as a RuntimeWarning and left alone.
 
     Raises:
         CompileError: with NVRTC's log and options.
     """
-    folders = (csrc_dir(), _cuda_include_dir())
-    directory = _own_directory(cache_dir() / "kernels")
+    directory = own_directory(cache_dir() / "kernels")
     if directory is None:
-        return compile_source(variant.source, arch, folders)
-
-    from cuda.core.utils import FileStreamProgramCache, make_program_cache_key
-
-    key = make_program_cache_key(
-        code=variant.source,
-        code_type="c++",
-        options=_program_options(arch, folders),
-        target_type="cubin",
-        extra_digest=_header_digest(*folders),
-    )
+        return compile_source(variant.source, arch, (csrc_dir(), _cuda_include_dir()))
+    path = entry_path(directory, variant.source, _csrc_digest(), arch, json.dumps(_OPTIONS))
     try:
-        with FileStreamProgramCache(directory) as cache:
-            kept = _unpack(cache.get(key))
-            if kept is not None:
-                return kept
-            compiled = compile_source(variant.source, arch, folders)
-            cache[key] = _pack(compiled)
-            return compiled
+        kept = load(path)
+        if kept is not None:
+            report = PtxasReport(**{**kept.report, "complaints": tuple(kept.report["complaints"])})
+            return CompiledKernel(kept.cubin, report, from_cache=True)
+        files = _compiler_files()  # as they are before they are read
     except OSError as error:
-        warnings.warn(f"the kernel cache {directory} can't be used: {error}", RuntimeWarning, stacklevel=2)
-        return compile_source(variant.source, arch, folders)
-
-
-def _own_directory(directory: Path) -> Path | None:
-    """`directory`, made if missing, or None with a warning where others could plant machine code in it."""
+        _warn_of(directory, error)
+        return compile_source(variant.source, arch, (csrc_dir(), _cuda_include_dir()))
+    compiled = compile_source(variant.source, arch, (csrc_dir(), _cuda_include_dir()))
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.lstat()
+        save(path, Entry(compiled.cubin, asdict(compiled.report), files))
     except OSError as error:
-        problem = str(error)
-    else:
-        if not stat.S_ISDIR(status.st_mode):
-            problem = "it is a link"
-        elif status.st_uid != os.geteuid():
-            problem = f"it belongs to user {status.st_uid}"
-        elif status.st_mode & 0o022:
-            problem = f"others may write to it (mode {status.st_mode & 0o777:o})"
-        else:
-            return directory
-    warnings.warn(
-        f"kernels are compiled anew, because the cache {directory} can't be used: {problem}; remove it or set "
-        f"PIPELINE_CACHE_DIR to a folder of your own",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-    return None
+        _warn_of(directory, error)
+    return compiled
 
 
-def _pack(compiled: CompiledKernel) -> bytes:
-    """A cache entry: digest of the rest, the report as a line of JSON, the cubin."""
-    body = json.dumps(asdict(compiled.report)).encode() + b"\n" + compiled.cubin
-    return hashlib.sha256(body).digest() + body
-
-
-def _unpack(entry: bytes | None) -> CompiledKernel | None:
-    """What `_pack` packed, or None for a missing or damaged entry."""
-    if entry is None or hashlib.sha256(entry[_DIGEST_BYTES:]).digest() != entry[:_DIGEST_BYTES]:
-        return None
-    line, _, cubin = entry[_DIGEST_BYTES:].partition(b"\n")
-    report = PtxasReport(**json.loads(line))
-    return CompiledKernel(cubin, replace(report, complaints=tuple(report.complaints)), from_cache=True)
+def _warn_of(directory: Path, error: OSError) -> None:
+    warnings.warn(f"the kernel cache {directory} can't be used: {error}", RuntimeWarning, stacklevel=3)

@@ -7,8 +7,7 @@ import os
 from typing import Any
 
 from pipeline.errors import DeviceError, DeviceMemoryError, DeviceNotFoundError, DriverError
-
-_started_in: int | None = None  # the process that loaded the driver
+from pipeline.kernels import start
 
 
 @functools.cache
@@ -33,13 +32,25 @@ def driver() -> Any:
 
 def _start() -> tuple[Any, Any]:
     """The bindings, and what cuInit returned."""
-    global _started_in
-    from cuda.bindings import driver as bindings
-
+    bindings = _bindings()
     (code,) = bindings.cuInit(0)
     if code == 0:
-        _started_in = os.getpid()
+        start.process = os.getpid()
     return bindings, code
+
+
+def _bindings() -> Any:
+    from cuda.bindings import driver as bindings
+
+    return bindings
+
+
+def import_bindings() -> None:
+    """Import now what the first use of the driver would import. Where it isn't installed, that use says so."""
+    try:
+        _bindings()
+    except (ImportError, RuntimeError):
+        pass
 
 
 def check_not_forked() -> None:
@@ -48,7 +59,7 @@ def check_not_forked() -> None:
     Raises:
         DeviceError: this process was forked after CUDA had been started.
     """
-    if _started_in not in (None, os.getpid()):
+    if start.process not in (None, os.getpid()):
         raise DeviceError(
             "this process was forked after CUDA had started, and CUDA doesn't survive a fork: start worker processes "
             "with the 'spawn' method, or fork before the first use of a GPU"

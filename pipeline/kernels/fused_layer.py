@@ -174,4 +174,9 @@ def describe(launcher: Launcher, problem: Problem, rows: int, strides: tuple[int
     x_stride, w_stride = strides or 2 * (problem.in_features,)
     load_bytes = alignment(16, *(stride * problem.in_dtype.itemsize for stride in (x_stride, w_stride)))
     store_bytes = alignment(16, problem.out_features * problem.out_dtype.itemsize)
-    return launcher.choose(problem, max(rows, 1), load_bytes, store_bytes).variant.description
+    if split_weights(launcher, problem) is None:
+        return launcher.choose(problem, max(rows, 1), load_bytes, store_bytes).variant.description
+    fused = launcher.select(problem, max(rows, 1), 16, store_bytes)
+    exact = fused_linear_simt.exact_rows_variant(problem, load_bytes)
+    launcher.load_all((fused, exact, split_rows.VARIANT))
+    return fused.description

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -115,8 +115,15 @@ class Launcher:
         self.multiprocessors = call("cuDeviceGetAttribute", attributes.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device)
         self.context = call("cuDevicePrimaryCtxRetain", device)
         self._kernels: dict[Variant, LoadedKernel] = {}
+        self._turns: dict[Variant, threading.Lock] = {}  # who loads a variant; the others wait
         self._lock = threading.Lock()
         self.choose = functools.lru_cache(maxsize=1024)(self._choose)
+
+    def memory_bytes(self) -> tuple[int, int]:
+        """Free memory of the device and all of it."""
+        with in_context(self.context):
+            free, total = call("cuMemGetInfo")
+        return int(free), int(total)
 
     def load(self, variant: Variant) -> LoadedKernel:
         """`variant` on this device, compiled and loaded at the first call.
@@ -126,20 +133,56 @@ class Launcher:
             DriverError: the driver refused the code.
         """
         with self._lock:
+            turn = self._turns.setdefault(variant, threading.Lock())
+        with turn:
             if variant not in self._kernels:
-                compiled = compile_variant(variant, self.arch)
-                with in_context(self.context):
-                    module = call("cuModuleLoadData", compiled.cubin)
-                    function = call("cuModuleGetFunction", module, variant.kernel.encode())
-                    attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                    call("cuFuncSetAttribute", function, attribute, variant.shared_bytes)
-                self._kernels[variant] = LoadedKernel(variant, function, compiled.report.registers)
+                self._kernels[variant] = self._load(variant)
             return self._kernels[variant]
+
+    def load_all(self, variants: Sequence[Variant]) -> list[LoadedKernel]:
+        """The same for several, which are compiled at the same time."""
+        errors: list[BaseException] = []
+
+        def load(variant: Variant) -> None:
+            try:
+                self.load(variant)
+            except BaseException as error:  # raised in the calling thread
+                errors.append(error)
+
+        missing = [variant for variant in variants[1:] if variant not in self._kernels]
+        threads = [threading.Thread(target=load, args=(variant,), name="pipeline-compile") for variant in missing]
+        for thread in threads:
+            thread.start()
+        load(variants[0])
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return [self.load(variant) for variant in variants]
+
+    def _load(self, variant: Variant) -> LoadedKernel:
+        compiled = compile_variant(variant, self.arch)
+        with in_context(self.context):
+            module = call("cuModuleLoadData", compiled.cubin)
+            function = call("cuModuleGetFunction", module, variant.kernel.encode())
+            attribute = driver().CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            call("cuFuncSetAttribute", function, attribute, variant.shared_bytes)
+        return LoadedKernel(variant, function, compiled.report.registers)
 
     def _choose(
         self, problem: Problem, rows: int, load_bytes: int, store_bytes: int, variant: Variant | None = None
     ) -> LoadedKernel:
         """The kernel for so many rows, or `variant`'s. `choose` is this, and remembers the last thousand.
+
+        Raises:
+            ShapeError: a size beyond the kernels' index range.
+        """
+        return self.load(self.select(problem, rows, load_bytes, store_bytes, variant))
+
+    def select(
+        self, problem: Problem, rows: int, load_bytes: int, store_bytes: int, variant: Variant | None = None
+    ) -> Variant:
+        """What `choose` chooses, not loaded.
 
         Raises:
             ShapeError: a size beyond the kernels' index range.
@@ -151,7 +194,7 @@ class Launcher:
             self.arch, problem, rows, load_bytes, store_bytes, multiprocessors=self.multiprocessors
         )
         check_range("tiles of the output", variant.tiles(rows, problem.out_features), _MAX_BLOCKS)
-        return self.load(variant)
+        return variant
 
     def prepare(self, kernel: LoadedKernel, operands: Operands) -> PreparedLaunch:
         """The launch of a fused linear kernel.

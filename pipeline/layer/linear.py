@@ -162,15 +162,18 @@ class FusedLinear(Layer):
     ) -> FusedLinear:
         """The layer with the tensors `weight` and, if there, `bias` of a .safetensors file.
 
-        Both names may stand behind one prefix such as `gemm.`.
+        Both names may stand behind one prefix such as `gemm.`. The weights are read-only maps of the file, which is
+        read when they are first used, and nothing is copied: replace the file while the layer lives if you must (a new
+        file under its name leaves the old one to the layer), but don't write to it or cut it short. Pickled and copied
+        deeply, the layer has arrays of its own.
 
         Raises:
             FileFormatError: not a safetensors file, or no such tensors, or several candidates.
             FileNotFoundError, PermissionError: no such file, or one that can't be read.
             ShapeError, DTypeError: the tensors make no layer.
         """
-        weight, bias = read_weights(path)
         try:
+            weight, bias = read_weights(path)
             return cls(weight, bias, scaling_factor, epilogue=epilogue, precision=precision)
         except (ShapeError, DTypeError) as error:
             error.add_note(f"pipeline: in {path}")

@@ -17,8 +17,8 @@ def test_info_describes_the_machine(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PIPELINE_CACHE_DIR", str(tmp_path))
-    entry = tmp_path / "kernels" / "entries" / "ab" / "cdef"
-    entry.parent.mkdir(parents=True)
+    entry = tmp_path / "kernels" / "abcdef.kernel"
+    entry.parent.mkdir()
     entry.write_bytes(bytes(1000))
     assert main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
@@ -42,14 +42,15 @@ class FakeLauncher:
             raise DeviceNotFoundError("an old GPU; use devices='cpu'")
         return cls()
 
+    def memory_bytes(self) -> tuple[int, int]:
+        return 2**30, 2**32
+
 
 def test_info_names_the_kernel_of_each_precision(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.devices.cuda.count_gpus", lambda: 2)
     monkeypatch.setattr("pipeline.kernels.launch.Launcher", FakeLauncher)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.mem_get_info", lambda ordinal: (2**30, 2**32))
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert "cuda:0: NVIDIA Test; sm_90a, 132 multiprocessors; 1.0 of 4.0 GiB free" in text

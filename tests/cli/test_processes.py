@@ -109,3 +109,14 @@ def test_process_stopped_half_way_keeps_no_file(sent: signal.Signals, status: in
     assert (process.returncode, out) == (status, "")
     assert error == ("pipeline: interrupted\n" if sent == signal.SIGINT else "pipeline: terminated\n")
     assert not files.out.exists() and not partial.exists()
+
+
+@pytest.mark.parametrize("command", ["run", "demo"])
+def test_process_starts_gpus_before_it_imports_numpy(command: str) -> None:
+    """Their contexts are made meanwhile."""
+    words = ["run", "x.npy", "--weights", "l.st", "--out", "y.npy"] if command == "run" else ["demo"]
+    code = "import sys; from pipeline.cli import main, demo, shell\n"
+    code += "def stop(names):\n    print(names, 'numpy' in sys.modules)\n    sys.exit()\n"
+    code += f"shell.start_gpus = demo.start_gpus = stop\nmain({[*words, '--devices', 'cuda:3']!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "['cuda:3'] False\n", done.stderr

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import pytest
 from helpers.command_line import Files, error_line, usage_error
 
 from pipeline.cli import main
-from pipeline.cli.shell import Terminated
+from pipeline.cli.shell import Terminated, start_for_gpus
 from pipeline.errors import CompileError, DeviceNotFoundError
 
 
@@ -81,3 +82,17 @@ def test_warning_is_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: py
 def test_usage_error_is_one_line(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     line = usage_error(capsys, *args)
     assert message in line and line.endswith("--help' lists the options")
+
+
+@pytest.mark.parametrize(
+    ("devices", "before", "after"), [(None, None, "1"), (["cuda:0"], "7", "7"), (["cpu"], None, None)]
+)
+def test_start_for_gpus_leaves_blas_one_thread_unless_told(
+    devices: list[str] | None, before: str | None, after: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    if before is not None:
+        monkeypatch.setenv("OPENBLAS_NUM_THREADS", before)
+    monkeypatch.setattr("pipeline.cli.shell.start_gpus", lambda names: None if names == ["cpu"] else "a thread")
+    start_for_gpus(devices)
+    assert os.environ.pop("OPENBLAS_NUM_THREADS", None) == after

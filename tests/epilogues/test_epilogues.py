@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import pipeline
 from pipeline import FusedLinear, OptionError, Pipeline, ShapeError
 from pipeline.epilogues import SigmoidScaleResidual
-from pipeline.kernels import ARCHITECTURES, all_variants
+from pipeline.kernels.choose import ARCHITECTURES, all_variants
 from pipeline.kernels.compile import compile_variant
 
 

@@ -11,8 +11,16 @@ import pytest
 
 from pipeline.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from pipeline.errors import DeviceError, DTypeError, OptionError
-from pipeline.kernels import ARCHITECTURES, Problem, all_variants, runs_as, select
-from pipeline.kernels.choose import alignment, architecture, candidates
+from pipeline.kernels.choose import (
+    ARCHITECTURES,
+    Problem,
+    alignment,
+    all_variants,
+    architecture,
+    candidates,
+    runs_as,
+    select,
+)
 from pipeline.kernels.variant import SHARED_BYTES
 
 BF16 = Problem(BFLOAT16, BFLOAT16, "bfloat16", 8192, 8192)

@@ -15,7 +15,7 @@ import pytest
 from helpers.needs import without
 
 from pipeline.errors import CompileError
-from pipeline.kernels import ARCHITECTURES, Variant, all_variants
+from pipeline.kernels.choose import ARCHITECTURES, Variant, all_variants
 from pipeline.kernels.compile import (
     CompiledKernel,
     PtxasReport,

@@ -136,7 +136,7 @@ def test_layer_from_linear_refuses_what_is_none(linear: Any) -> None:
 def test_layer_from_file_refuses_other_shapes_and_types(tmp_path: Path) -> None:
     path = tmp_path / "layer.safetensors"
     save_file({"weight": torch.zeros(4, 4, dtype=torch.int8)}, path)
-    with pytest.raises(DTypeError, match=r"weight dtype is torch\.int8"):
+    with pytest.raises(DTypeError, match=r"weight dtype is int8, expected one of float64"):
         FusedLinear.from_file(path)
     save_file({"weight": torch.zeros(4)}, path)
     with pytest.raises(ShapeError, match=r"weight has shape \(4,\)"):
