@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Callable, Iterator
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
@@ -273,7 +272,7 @@ def _write(
     for number, (row, end) in enumerate(order.sample(chunks, len(chunks))):
         chunk = Chunk(number, row, end - row, _NO_ROWS)
         while not sink.ready(chunk):
-            time.sleep(1e-4)
+            sleep(1e-4)
         target = sink.target(chunk)
         assert not isinstance(target, DeviceRows), "rows in a device's memory can't be checked here"
         opened.append(chunk)

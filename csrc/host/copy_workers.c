@@ -77,6 +77,7 @@ enum { kGrainBytes = 256 << 10 };                // a copy's grain: workers shar
 enum { kBlockBytes = 16 << 10 };                 // what a turn moves (docs/notes/staging.md)
 static const int64_t kFileGrainBytes = 1 << 20;  // what one system call moves
 static const int64_t kHugePageBytes = 2 << 20;   // on x86-64, and on ARM with pages of 4 KiB
+static const int kMapWorkers = 4;                // fewer write files as fast by pwrite (docs/notes/formats.md)
 static const int64_t kSpinNs = 200000;           // the bus takes about as long for a piece; then the next job comes
 
 static int64_t source_itemsize(int cast) {
@@ -389,6 +390,7 @@ int copy_workers_submit(pool* p, job* j, const copy_request* request) {
     return EINVAL;
   }
   *j = (job){.request = *request, .owner = p};
+  if (p->workers < kMapWorkers) j->request.map = NULL;
   cut_into_grains(j);
   if (request->kind != COPY && j->request.rows > 1) return EINVAL;  // there are gaps between rows
   atomic_init(&j->left, j->grains);

@@ -17,7 +17,7 @@ enum { NO_CAST, FP32_TO_BF16, FP32_TO_FP16, BF16_TO_FP32, FP16_TO_FP32, kNumCast
 // `rows` rows of `length` elements (with a cast) or bytes (without), `*_stride` bytes from one row to the next.
 // READ_FILE takes a file for the source, WRITE_FILE for the target, both from byte `offset` on. With a file, each row
 // follows the one before at both ends. `map` is where the file's first byte is mapped, shared and to be written, up to
-// the last byte of the request: WRITE_FILE stores through it. NULL where the file isn't mapped.
+// the last byte of the request: WRITE_FILE may store through it. NULL where the file isn't mapped.
 typedef struct {
   int32_t kind, cast, streaming, fresh, fd;
   void* target;

@@ -3,7 +3,8 @@
 // One file's calls of pwrite wait for one another on most file systems: they share a lock of the file's. Nothing waits
 // for a lock where bytes are stored through a shared map of the file. But a store ends the process (SIGBUS) where the
 // page can't be had, since the file was cut or the file system is full. So the system stores them, by process_vm_writev
-// to this process: it fails with EFAULT then. Only files in memory are mapped: see pipeline/io/reservation.py, and
+// to this process: it fails with EFAULT then. It also maps each page for that, which costs a worker more time than
+// pwrite does: only many workers gain. Only files in memory are mapped: see pipeline/io/reservation.py, and
 // docs/notes/formats.md for what was measured.
 
 #pragma once

@@ -201,12 +201,16 @@ class AtomicFileSink(Sink):
     def finish(self, rows: int) -> Any:
         self._file.check_uncut(self._layout.position + rows * self._row_bytes)
         self._file.pwrite(self._header(rows), 0)
-        return self._file.finish()
+        path = self._file.finish()
+        self._layout = self._layout.unmapped()
+        return path
 
     def abort(self) -> None:
+        self._layout = self._layout.unmapped()
         self._file.abort()
 
     def leave(self) -> None:
+        self._layout = self._layout.unmapped()
         self._file.leave()
 
 

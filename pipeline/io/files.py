@@ -97,6 +97,10 @@ class FileLayout:
             return self
         return replace(self, map=np.frombuffer(whole, np.uint8))
 
+    def unmapped(self) -> FileLayout:
+        """The same without its map, which ends when no rows that are still written hold it either."""
+        return replace(self, map=None)
+
     def lines(self, array: HostArray, position: int) -> Iterator[tuple[memoryview, int]]:
         """What is contiguous at both ends, and its position in the file: `array` holds the file's rows or columns."""
         whole = _bytes(array)

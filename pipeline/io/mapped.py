@@ -76,6 +76,7 @@ class MapSink(Sink):
     def abort(self) -> None:
         if self._fd < 0:
             return
+        self._layout = self._layout.unmapped()
         try:
             self._reservation.stop()
         finally:

@@ -116,10 +116,8 @@ class Reservation:
             uninterrupted(self._thread.join)
 
     def _refusal(self, error: OSError) -> OutputError:
-        n_bytes = self._end - self._first
-        return OutputError(
-            f"can't reserve {n_bytes / GIB:.2f} GiB for {self._path}: {error.strerror}; free space or choose another path"
-        )
+        gib, why = (self._end - self._first) / GIB, error.strerror
+        return OutputError(f"can't reserve {gib:.2f} GiB for {self._path}: {why}; free space or choose another path")
 
 
 def check_uncut(fd: int, path: Path, first: int, end: int) -> None:
