@@ -9,7 +9,8 @@ device's own (CUDA tensors; for the CPU any contiguous rows), nothing has to be 
 
 The queues of loads, kernels and stores hold chunks in the order in which they were admitted, and each pass of the loop
 looks at the oldest ones only. A slot is free again when, and only when, all that was queued on it is seen to be done.
-The number of slots and of the movers' pieces bounds the memory, whatever the dataset's size.
+The number of slots and of the movers' pieces bounds the memory, whatever the dataset's size. A chunk is admitted once
+the sink has room for its rows (`Sink.ready`): until then the next one waits, and what is in flight goes on.
 
 The thread that runs the loop is the only one that queues kernels. Copies are queued by movers, which may have a thread
 of their own: one device is used by both at the same time.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -252,3 +254,29 @@ def test_sink_that_ends_early_ends_the_thread(end: str, memory_folder: Path, mon
     assert left == ([] if end == "abort" else [memory_folder / "y.npy.partial"])
     if left:  # as long as another run expects it to be
         assert left[0].stat().st_size == 128 + 5000 * OUT * 4
+
+
+@pytest.mark.parametrize("end", ["forks", "exits"])
+def test_process_ends_while_room_is_taken(end: str, memory_folder: Path) -> None:
+    """A fork has no such thread to end; a process that ends without ending the sink waits for the room, and ends."""
+    program = f"""
+import os, sys
+import numpy as np
+from pipeline import SinkRequest
+from pipeline.dtypes import FLOAT32
+from pipeline.io.memory import ArraySource
+from pipeline.io.sinks import open_sink
+
+source = ArraySource(np.empty((1 << 20, 1), np.float32), "NumPy array")
+sink = open_sink({str(memory_folder / "y.npy")!r}, SinkRequest(source, 64, FLOAT32, FLOAT32))
+if {end == "forks"}:
+    child = os.fork()
+    if not child:
+        sink.leave()
+        sys.exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    sink.abort()
+    assert not os.listdir({str(memory_folder)!r})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
