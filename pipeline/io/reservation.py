@@ -28,7 +28,7 @@ _BLOCK_BYTES = 512  # what st_blocks counts, whatever the file system's blocks a
 class Reservation:
     """The room of bytes [first, end) of an open file. What the file holds stays, and it is not shorter afterwards.
 
-    End it by `stop` before the file is closed.
+    `stop` ends it.
     """
 
     def __init__(self, fd: int, path: Path, first: int, end: int) -> None:
@@ -60,7 +60,7 @@ class Reservation:
         self._lengthen(status)
         if there_bytes < max(status.st_size, self._end):  # the file has holes
             self._taken_to = self._first
-            if not self._take_step():
+            if not self._take_step(self._fd):
                 self._taken_to = self._end  # ramfs: room can't be taken there, and is never short
             elif self._taken_to < self._end:
                 self._start()
@@ -75,29 +75,35 @@ class Reservation:
         if status.st_size < self._end:
             os.ftruncate(self._fd, self._end)
 
-    def _take_step(self) -> bool:
+    def _take_step(self, fd: int) -> bool:
         """Take the room of the next bytes. False where the file system doesn't take room."""
         until = min(self._taken_to + _STEP_BYTES, self._end)
-        taken = fallocate(self._fd, self._taken_to, until - self._taken_to)
+        taken = fallocate(fd, self._taken_to, until - self._taken_to)
         self._taken_to = until
         return taken
 
     def _start(self) -> None:
-        self._thread = threading.Thread(target=self._take_all, name="pipeline-reserve")
+        fd = os.dup(self._fd)  # an interrupt may lose this reservation, and then close the file before the thread ends
+        self._thread = threading.Thread(target=self._take_all, args=(fd,), name="pipeline-reserve")
         try:
             self._thread.start()
+        except RuntimeError:  # the system gives no thread
+            os.close(fd)
+            raise
         except BaseException:  # an interrupt: the thread may have started all the same
             self.stop()
             raise
 
-    def _take_all(self) -> None:
+    def _take_all(self, fd: int) -> None:
         # NOTE: tmpfs gives up a step where a signal comes, and gives back what it took of it.
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             while self._taken_to < self._end and not self._stopping.is_set():
-                self._take_step()
+                self._take_step(fd)
         except OSError as error:  # raised by covers()
             self._error = error
+        finally:
+            os.close(fd)
 
     def covers(self, end: int) -> bool:
         """Whether the bytes before `end` have their room by now; those behind the reservation's end are none of its.
