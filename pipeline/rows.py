@@ -74,7 +74,8 @@ class PlainRows:
     next.
 
     They begin at `address` in memory, or at that position of the file `fd`, where each row follows the one before.
-    `cast` is made on the way to a piece or from it. Memory that is `fresh` has never been written.
+    `cast` is made on the way to a piece or from it. Memory that is `fresh` has never been written. `map_address` is
+    where the file's first byte is mapped, if rows may be written through that map.
     """
 
     address: int
@@ -82,6 +83,7 @@ class PlainRows:
     fd: int | None = None
     cast: Cast | None = None
     fresh: bool = False
+    map_address: int | None = None
 
 
 class HostRows:

@@ -271,6 +271,8 @@ def _write(
     jobs: list[Job] = []
     for number, (row, end) in enumerate(order.sample(chunks, len(chunks))):
         chunk = Chunk(number, row, end - row, _NO_ROWS)
+        while not sink.ready(chunk):
+            sleep(1e-4)
         target = sink.target(chunk)
         assert not isinstance(target, DeviceRows), "rows in a device's memory can't be checked here"
         opened.append(chunk)

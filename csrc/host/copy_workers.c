@@ -8,6 +8,7 @@
 //   copy_workers_pending(pool)               how many jobs aren't done
 //   copy_workers_close(pool)                 let queued jobs end, join the threads
 //   copy_workers_isa(pool)                   which instructions move the bytes: "AVX-512", "AVX2" or "portable"
+//   copy_workers_use_maps()                  whether the system lets them store through maps of files
 //
 // A job is cut into grains that the workers take one at a time, so that one job uses all of them. The memory of a job
 // and of its request belongs to the caller, who keeps it until the job is done. All functions may be called from any
@@ -29,15 +30,13 @@
 #include "copy_workers.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/types.h>
-#include <unistd.h>
 
+#include "file_bytes.h"
 #include "move_bytes.h"
 
 struct job {
@@ -78,6 +77,7 @@ enum { kGrainBytes = 256 << 10 };                // a copy's grain: workers shar
 enum { kBlockBytes = 16 << 10 };                 // what a turn moves (docs/notes/staging.md)
 static const int64_t kFileGrainBytes = 1 << 20;  // what one system call moves
 static const int64_t kHugePageBytes = 2 << 20;   // on x86-64, and on ARM with pages of 4 KiB
+static const int kMapWorkers = 4;                // fewer write files as fast by pwrite (docs/notes/formats.md)
 static const int64_t kSpinNs = 200000;           // the bus takes about as long for a piece; then the next job comes
 
 static int64_t source_itemsize(int cast) {
@@ -146,35 +146,10 @@ static void fail(job* j, int error, int64_t position) {
 }
 
 // Moves all of `bytes` from or to the file at `position`; 0 where that failed.
-static int move_file_bytes(job* j, char* memory, int64_t bytes, int64_t position) {
-  const copy_request* r = &j->request;
-  while (bytes > 0) {
-    ssize_t moved = r->kind == READ_FILE ? pread(r->fd, memory, (size_t)bytes, position)
-                                         : pwrite(r->fd, memory, (size_t)bytes, position);
-    if (moved < 0 && errno == EINTR) continue;
-    if (moved <= 0) {
-      fail(j, moved < 0 ? errno : -1, position);
-      return 0;
-    }
-    memory += moved;
-    bytes -= moved;
-    position += moved;
-  }
-  return 1;
-}
-
-// Lets the system start to write what has reached the page cache, so that the disk is at work from the beginning. By
-// itself the system starts when a tenth of the memory waits to be written, or when a sync asks for it. This is only a
-// hint: a later sync reports what goes wrong with the data. The call blocks while the disk has enough to do, so the job
-// ends before it, and only the worker waits. The file may be closed by then.
-static void start_writing(const copy_request* r) {
-#ifdef __linux__
-  if (r->kind == WRITE_FILE) {
-    (void)sync_file_range(r->fd, r->offset, r->length * target_itemsize(r->cast), SYNC_FILE_RANGE_WRITE);
-  }
-#else
-  (void)r;
-#endif
+static int move_part(job* j, char* memory, int64_t bytes, int64_t position) {
+  int error = move_file_bytes(&j->request, memory, bytes, &position);
+  if (error) fail(j, error, position);
+  return !error;
 }
 
 // Moves `length` elements, from the `first` on. A cast goes through `scratch`, which stays in the worker's own cache.
@@ -184,12 +159,12 @@ static void move_file_grain(job* j, int64_t first, int64_t length, char* scratch
   if (r->kind == READ_FILE) {
     char* target = (char*)r->target + first * target_size;
     char* memory = r->cast ? scratch : target;
-    int read = move_file_bytes(j, memory, length * source_size, r->offset + first * source_size);
+    int read = move_part(j, memory, length * source_size, r->offset + first * source_size);
     if (read && r->cast) copy_row(j->owner->isa, r->cast, 0, target, scratch, length);
   } else {
     char* source = (char*)(uintptr_t)r->source + first * source_size;
     if (r->cast) copy_row(j->owner->isa, r->cast, 0, scratch, source, length);
-    move_file_bytes(j, r->cast ? scratch : source, length * target_size, r->offset + first * target_size);
+    move_part(j, r->cast ? scratch : source, length * target_size, r->offset + first * target_size);
   }
 }
 
@@ -300,8 +275,10 @@ static void end_grain(job* j) {
   fence_streaming();
   if (atomic_fetch_sub(&j->left, 1) > 1) return;
   copy_request request = j->request;
+  int64_t bytes = request.length * target_itemsize(request.cast);
+  leave_map(&request, bytes);
   end_job(j);
-  start_writing(&request);
+  start_writing(&request, bytes);
 }
 
 // Spins until there are grains, for kSpinNs at most.
@@ -413,6 +390,7 @@ int copy_workers_submit(pool* p, job* j, const copy_request* request) {
     return EINVAL;
   }
   *j = (job){.request = *request, .owner = p};
+  if (p->workers < kMapWorkers) j->request.map = NULL;
   cut_into_grains(j);
   if (request->kind != COPY && j->request.rows > 1) return EINVAL;  // there are gaps between rows
   atomic_init(&j->left, j->grains);

@@ -16,7 +16,8 @@ enum { NO_CAST, FP32_TO_BF16, FP32_TO_FP16, BF16_TO_FP32, FP16_TO_FP32, kNumCast
 
 // `rows` rows of `length` elements (with a cast) or bytes (without), `*_stride` bytes from one row to the next.
 // READ_FILE takes a file for the source, WRITE_FILE for the target, both from byte `offset` on. With a file, each row
-// follows the one before at both ends.
+// follows the one before at both ends. `map` is where the file's first byte is mapped, shared and to be written, up to
+// the last byte of the request: WRITE_FILE may store through it. NULL where the file isn't mapped.
 typedef struct {
   int32_t kind, cast, streaming, fresh, fd;
   void* target;
@@ -24,9 +25,11 @@ typedef struct {
   int64_t target_stride, source_stride;
   int64_t rows, length;
   int64_t offset;
+  void* map;
 } copy_request;
 
 // Times are CLOCK_MONOTONIC. `error` is an errno, or -1 for a file that ended before its last byte at `position`.
+// EFAULT is that of a page at `position` that couldn't be had: the file was cut, or there is no room.
 typedef struct {
   int64_t start_ns, end_ns;
   int64_t position;
@@ -44,6 +47,7 @@ void copy_workers_wait(pool* p, job* j);
 int copy_workers_pending(pool* p);
 void copy_workers_close(pool* p);
 const char* copy_workers_isa(const pool* p);
+int copy_workers_use_maps(void);
 
 static inline int64_t now_ns(void) {
   struct timespec t;

@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.errors import OutputError, OutputExistsError
 from pipeline.flow import Chunk, Sink
-from pipeline.io.files import FileLayout, FileRows, disk_error, reserve
+from pipeline.io.files import FileLayout, FileRows, disk_error
 from pipeline.io.registry import SinkRequest
+from pipeline.io.reservation import Reservation, check_uncut
 
 
 class AtomicFile:
@@ -31,6 +32,7 @@ class AtomicFile:
         self.path, self._overwrite = path, overwrite
         self.partial = path.with_name(path.name + ".partial")
         self._keep = False
+        self._reservation: Reservation | None = None
         self.fd = self._reopened() if reopen else self._made()
 
     def _made(self) -> int:
@@ -72,8 +74,16 @@ class AtomicFile:
             )
 
     def reserve(self, n_bytes: int) -> None:
-        """Take the disk space of the first `n_bytes` now. What they hold stays. Raises OutputError."""
-        reserve(self.fd, self.path, 0, n_bytes)
+        """Take the room of the first `n_bytes`, or in memory begin to. What they hold stays. Raises OutputError."""
+        self._reservation = Reservation(self.fd, self.path, 0, n_bytes)
+
+    def has_room(self, end: int) -> bool:
+        """Whether the bytes before `end` have the room that was to be reserved for them. Raises OutputError."""
+        return self._reservation is None or self._reservation.covers(end)
+
+    def check_uncut(self, n_bytes: int) -> None:
+        """Check that the first `n_bytes`, all of which were written, are still there. Raises OutputError."""
+        check_uncut(self.fd, self.path, 0, n_bytes)
 
     def pwrite(self, data: bytes, position: int) -> None:
         """Write all of `data`. Raises OutputError."""
@@ -119,16 +129,30 @@ class AtomicFile:
 
     def abort(self) -> None:
         """Remove the file, unless it is complete or was left. Safe to call at any time."""
-        if self.fd >= 0:
-            self.leave()
+        if self.fd < 0:
+            return
+        try:
+            self._end_reservation()
             if not self._keep:
                 self.partial.unlink(missing_ok=True)
+                if not os.fstat(self.fd).st_nlink:
+                    os.ftruncate(self.fd, 0)  # an error's traceback may keep the file mapped, and so its room taken
+        finally:
+            self.leave()
 
     def leave(self) -> None:
         """Close the file as it is, to be reopened by a later run. Safe to call at any time."""
-        if self.fd >= 0:
+        if self.fd < 0:
+            return
+        try:
+            self._end_reservation()
+        finally:
             os.close(self.fd)
             self.fd = -1
+
+    def _end_reservation(self) -> None:
+        if self._reservation is not None:
+            self._reservation.stop()
 
 
 class AtomicFileSink(Sink):
@@ -150,15 +174,16 @@ class AtomicFileSink(Sink):
         """`path` was checked by `check_path`. Elements are of foreign byte order where they are `swapped`."""
         self.cast, self._header = request.cast, header
         rows, features, itemsize = request.rows or 0, request.out_features, request.dtype.itemsize
-        start = len(header(0))
-        n_bytes = start + rows * features * itemsize
+        start, self._row_bytes = len(header(0)), features * itemsize
+        n_bytes = start + rows * self._row_bytes
         self._file = AtomicFile(path, overwrite=request.overwrite, reopen=request.reopen)
         try:
             if request.reopen and request.rows is not None:
                 self._file.check_size(n_bytes)
             fd = self._file.fd
-            self._layout = FileLayout.in_order(fd, path, start, features, itemsize, swapped=swapped, reads=False)
+            layout = FileLayout.in_order(fd, path, start, features, itemsize, swapped=swapped, reads=False)
             self._file.reserve(n_bytes)
+            self._layout = layout.mapped(n_bytes) if rows else layout
             self._file.pwrite(header(rows), 0)
         except BaseException:
             if request.reopen:
@@ -167,17 +192,25 @@ class AtomicFileSink(Sink):
                 self._file.abort()
             raise
 
+    def ready(self, chunk: Chunk) -> bool:
+        return self._file.has_room(self._layout.end_of(chunk.row, chunk.rows))
+
     def target(self, chunk: Chunk) -> FileRows:
         return FileRows(self._layout, chunk.row, self.cast)
 
     def finish(self, rows: int) -> Any:
+        self._file.check_uncut(self._layout.position + rows * self._row_bytes)
         self._file.pwrite(self._header(rows), 0)
-        return self._file.finish()
+        path = self._file.finish()
+        self._layout = self._layout.unmapped()
+        return path
 
     def abort(self) -> None:
+        self._layout = self._layout.unmapped()
         self._file.abort()
 
     def leave(self) -> None:
+        self._layout = self._layout.unmapped()
         self._file.leave()
 
 

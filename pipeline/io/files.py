@@ -1,21 +1,26 @@
-"""Rows that lie in files, read with preadv and written with pwrite: no page of them is mapped."""
+"""Rows that lie in files, read with preadv and written with pwrite.
+
+Files in memory are written through a map by copy workers in C (csrc/host/file_bytes.h), without any page of it being
+touched here: a store would end the process (SIGBUS) if somebody had cut the file.
+"""
 
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from pipeline.arrays import HostArray, convert
-from pipeline.config import GIB
+from pipeline.arrays import HostArray, address_of, convert
 from pipeline.dtypes import Cast, DType, cast_between
 from pipeline.errors import FileFormatError, InputError, OutputError
 from pipeline.flow import Source, Span
+from pipeline.io.reservation import cut_error, is_in_memory
 from pipeline.rows import PlainRows, SourceRows, TargetRows
 
 
@@ -30,6 +35,7 @@ class FileLayout:
         itemsize: bytes of an element.
         swapped: elements are of foreign byte order.
         reads: rows are read, not written; messages say so.
+        map: of the file's bytes, for copy workers in C to write through. Who holds the layout keeps it mapped.
     """
 
     fd: int
@@ -40,6 +46,7 @@ class FileLayout:
     itemsize: int
     swapped: bool = False
     reads: bool = True
+    map: HostArray | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def in_order(
@@ -74,6 +81,26 @@ class FileLayout:
         """Whether it is the elements of a column, not those of a row, that follow one another."""
         return self.strides[1] != self.itemsize
 
+    def end_of(self, row: int, count: int) -> int:
+        """The position behind the last byte of rows [row, row + count)."""
+        row_bytes, column_bytes = self.strides
+        last = self.position + max(row * row_bytes, (row + count - 1) * row_bytes)
+        return last + max(0, (self.features - 1) * column_bytes) + self.itemsize
+
+    def mapped(self, end: int) -> FileLayout:
+        """The same with a map of the bytes before `end`, which the file has, where it pays: in memory."""
+        if not self.plain or not end or not is_in_memory(self.fd):
+            return self
+        try:
+            whole = mmap.mmap(self.fd, end)
+        except (OSError, ValueError):  # a limit on address space, or a file that was cut: pwrite needs no map
+            return self
+        return replace(self, map=np.frombuffer(whole, np.uint8))
+
+    def unmapped(self) -> FileLayout:
+        """The same without its map, which ends when no rows that are still written hold it either."""
+        return replace(self, map=None)
+
     def lines(self, array: HostArray, position: int) -> Iterator[tuple[memoryview, int]]:
         """What is contiguous at both ends, and its position in the file: `array` holds the file's rows or columns."""
         whole = _bytes(array)
@@ -101,7 +128,8 @@ class FileRows(SourceRows, TargetRows):
         layout = self._layout
         if not layout.plain:
             return None
-        return PlainRows(self._position(0), layout.strides[0], layout.fd, self._cast)
+        map_address = None if layout.map is None else address_of(layout.map)
+        return PlainRows(self._position(0), layout.strides[0], layout.fd, self._cast, map_address=map_address)
 
     def _position(self, first: int) -> int:
         return self._layout.position + (self._row + first) * self._layout.strides[0]
@@ -149,6 +177,11 @@ class FileRows(SourceRows, TargetRows):
         if reads and code == -1:
             early = f", {self._position(end) - position} bytes early" if self._layout.plain else ""
             return FileFormatError(f"{path} ended at byte {position}{early}: it was cut while it was read")
+        if not reads and code == errno.EFAULT:  # through the map: the system has no page for this position
+            size = os.fstat(self._layout.fd).st_size
+            if position >= size:
+                return cut_error(path, size, self._position(end))
+            code = errno.ENOSPC
         code = errno.EIO if code == -1 else code  # -1: nothing was written, and nothing said why
         error = OSError(code, os.strerror(code), str(path))
         return error if reads else disk_error(error, path)
@@ -218,18 +251,3 @@ def check_size(fd: int, path: Path, expected: int, promise: str, remedy: str) ->
     if size != expected:
         state = "truncated" if size < expected else "followed by other data"
         raise FileFormatError(f"{path} is {state}: {size} bytes, {promise}; {remedy}")
-
-
-def reserve(fd: int, path: Path, position: int, n_bytes: int) -> None:
-    """Take a file's disk space now, so that a full disk shows before any work. What the file holds stays.
-
-    Raises:
-        OutputError: there isn't as much.
-    """
-    try:
-        if n_bytes:  # none are an invalid argument
-            os.posix_fallocate(fd, position, n_bytes)
-    except OSError as error:
-        raise OutputError(
-            f"can't reserve {n_bytes / GIB:.2f} GiB for {path}: {error.strerror}; free space or choose another path"
-        ) from error

@@ -1,7 +1,7 @@
 """What lies behind an np.memmap: its file, read and written through a descriptor of our own, past the map.
 
 Storing through a map ends the process (SIGBUS) where the disk is full or the file was cut, and pages that are read
-through one count as the process's memory. Both ways meet in the system's page cache: what one writes, the other reads.
+through one count as the process's memory. All ways meet in the system's page cache: what one writes, the others read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from pipeline.arrays import HostArray, address_of
 from pipeline.dtypes import Cast, DType
 from pipeline.errors import OptionError, OutputError
 from pipeline.flow import Chunk, Sink, Source, Span
-from pipeline.io.files import FileLayout, FileRows, FileSource, file_id, has_lines, reserve
+from pipeline.io.files import FileLayout, FileRows, FileSource, file_id, has_lines
+from pipeline.io.reservation import Reservation, check_uncut
 
 
 class MapSource(FileSource):
@@ -55,24 +56,36 @@ class MapSink(Sink):
 
     where, resumable = "file", True
 
-    def __init__(self, value: Any, layout: FileLayout, cast: Cast | None) -> None:
-        self._value, self._layout, self.cast, self._fd = value, layout, cast, layout.fd
+    def __init__(self, value: Any, file: MappedFile, layout: FileLayout, cast: Cast | None) -> None:
+        """`layout` is that of the rows in `file`, which is the sink's from here on. Raises OutputError."""
+        self._value, self._file, self.cast, self._fd = value, file, cast, file.fd
+        self._reservation = Reservation(file.fd, file.path, file.low, file.high)
+        self._layout = layout.mapped(file.high)
+
+    def ready(self, chunk: Chunk) -> bool:
+        return self._reservation.covers(self._layout.end_of(chunk.row, chunk.rows))
 
     def target(self, chunk: Chunk) -> FileRows:
         return FileRows(self._layout, chunk.row, self.cast)
 
     def finish(self, rows: int) -> Any:
+        check_uncut(self._fd, self._file.path, self._file.low, self._file.high)
         self.abort()
         return self._value
 
     def abort(self) -> None:
-        if self._fd >= 0:
+        if self._fd < 0:
+            return
+        self._layout = self._layout.unmapped()
+        try:
+            self._reservation.stop()
+        finally:
             os.close(self._fd)
             self._fd = -1
 
 
 def open_map_sink(out: Any, array: HostArray, source: Source, cast: Cast | None) -> MapSink:
-    """The file behind `array`, a view of `out`'s memory, with the disk space for its rows taken.
+    """The file behind `array`, a view of `out`'s memory, with the room for its rows taken.
 
     Raises:
         OptionError, OutputError: it can't be written past the map, or its bytes are the source's.
@@ -90,8 +103,7 @@ def open_map_sink(out: Any, array: HostArray, source: Source, cast: Cast | None)
     try:
         if any(file.span.overlaps(span) for span in source.spans()):
             raise OptionError(f"out maps the bytes of {file.path} that are the source; the layer can't run in place")
-        reserve(file.fd, file.path, file.low, file.high - file.low)
-        return MapSink(out, file.layout(array, reads=False), cast)
+        return MapSink(out, file, file.layout(array, reads=False), cast)
     except BaseException:
         os.close(file.fd)
         raise

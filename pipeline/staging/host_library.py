@@ -38,6 +38,7 @@ class CopyRequest(ctypes.Structure):
         ("rows", ctypes.c_int64),
         ("length", ctypes.c_int64),
         ("offset", ctypes.c_int64),
+        ("map", ctypes.c_void_p),
     )
 
 
@@ -129,6 +130,7 @@ _FUNCTIONS: tuple[tuple[Any, ...], ...] = (  # name, result, arguments
     ("copy_workers_open", _POINTER, ctypes.c_int, ctypes.c_int),
     ("copy_workers_close", None, _POINTER),
     ("copy_workers_isa", ctypes.c_char_p, _POINTER),
+    ("copy_workers_use_maps", ctypes.c_int),
     ("copy_workers_job_bytes", ctypes.c_size_t),
     ("copy_workers_submit", ctypes.c_int, _POINTER, _POINTER, _POINTER),
     ("copy_workers_done", ctypes.c_int, _POINTER, _POINTER),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import time
 import weakref
@@ -146,6 +147,7 @@ def copy_request(
     if plain.fd is not None:
         request.kind = WRITE_FILE if drains else READ_FILE
         request.fd, request.offset = plain.fd, place
+        request.map = plain.map_address if drains and _can_use_maps() else None
     elif drains:
         request.kind, request.target = COPY, place
     else:
@@ -155,6 +157,13 @@ def copy_request(
     else:
         request.source_stride = plain.stride_bytes
     return request
+
+
+@functools.cache
+def _can_use_maps() -> bool:
+    """Whether the system lets C store through maps of files; it may forbid the call. `pwrite` remains."""
+    library, _ = host_library.find_library()
+    return library is not None and bool(library.copy_workers_use_maps())
 
 
 def _job_request(job: Job) -> CopyRequest | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from helpers.files import mounted
+
+from pipeline.io.reservation import is_in_memory
 
 
 @pytest.fixture
@@ -17,14 +20,21 @@ def numpy_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 KiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting needs root")
+def memory_folder() -> Iterator[Path]:
+    """A folder in a file system in memory."""
+    shm = Path("/dev/shm")
+    fd = os.open(shm if shm.is_dir() else "/", os.O_RDONLY)
     try:
-        yield disk
+        if not is_in_memory(fd):
+            pytest.skip("/dev/shm is no file system in memory")
     finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+        os.close(fd)
+    with TemporaryDirectory(dir=shm) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB, in memory."""
+    with mounted(tmp_path / "disk", "tmpfs", "size=64k") as disk:
+        yield disk

@@ -140,7 +140,7 @@ def test_npy_sink_every_write_may_fail(
         assert_same_bits(np.load(tmp_path / "y.npy"), LAYER(x))
 
 
-@pytest.mark.parametrize("call", ["posix_fallocate", "fsync", "replace"])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_npy_sink_other_calls_may_fail(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_pipeline() as pipeline, nothing_left_behind(tmp_path, copy_workers=False):
         with monkeypatch.context() as patch:

@@ -163,6 +163,41 @@ static void file_case(pool* p, dice* d) {
   free(back);
 }
 
+// Writes through a map of the file, with and without casts, against what pwrite makes of the same; then through one of
+// a file that was cut meanwhile.
+static void map_case(pool* p, dice* d) {
+  int fd = nameless_file();
+  size_t bytes = roll(d, 3 << 20) + 8192, end = bytes + 77;
+  char *there = malloc(bytes), *back = malloc(bytes), *expected = malloc(bytes);
+  for (size_t i = 0; i < bytes; i++) there[i] = (char)roll(d, 256);
+  CHECK(!ftruncate(fd, (off_t)end));
+  char* map = mmap(NULL, end, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  CHECK(map != MAP_FAILED);
+  copy_request w = {.kind = WRITE_FILE, .fd = fd, .source = there, .rows = 1, .offset = 77};
+  for (int cast = NO_CAST; cast < kNumCasts; cast++) {
+    w.cast = cast, w.length = (int64_t)bytes / (cast ? 4 : 1);
+    ssize_t written = (ssize_t)(w.length * target_itemsize(cast));
+    w.map = NULL;
+    CHECK(finish(p, submitted(p, &w), d).error == 0);
+    CHECK(pread(fd, expected, (size_t)written, 77) == written);
+    memset(map, 0, end);
+    w.map = map, w.fd = -1;  // which pwrite couldn't write to
+    CHECK(finish(p, submitted(p, &w), d).error == 0);
+    w.fd = fd;
+    CHECK(pread(fd, back, (size_t)written, 77) == written);
+    CHECK(!memcmp(back, expected, (size_t)written));
+  }
+  CHECK(!ftruncate(fd, 4096));
+  w.cast = NO_CAST, w.length = (int64_t)bytes;
+  copy_result cut = finish(p, submitted(p, &w), d);
+  CHECK(cut.error == EFAULT && cut.position >= 4096 && cut.position < (int64_t)end);
+  munmap(map, end);
+  close(fd);
+  free(there);
+  free(back);
+  free(expected);
+}
+
 static pool* shared;
 
 static void* submit_and_finish(void* seed) {
@@ -208,6 +243,7 @@ int main(void) {
       printf("%s, %d workers\n", copy_workers_isa(p), workers);
       for (int i = 0; i < 16; i++) copy_cases(p, &d);
       for (int i = 0; i < 3; i++) file_case(p, &d);
+      for (int i = 0; i < 3 && workers >= kMapWorkers; i++) map_case(p, &d);
       atomic_store(&broken, 100);
       copy_request w = {.kind = WRITE_FILE, .fd = -1, .source = &d, .rows = 1, .length = 8, .offset = 100};
       copy_result failed = finish(p, submitted(p, &w), &d);
@@ -220,6 +256,7 @@ int main(void) {
       copy_workers_close(p);
     }
   }
+  CHECK(copy_workers_use_maps());
   CHECK(!copy_workers_open(0, kBestIsa) && errno == EINVAL);
   for (int i = 0; i < 8; i++) burst_case(1 + i % 4);
   shared = copy_workers_open(3, kBestIsa);

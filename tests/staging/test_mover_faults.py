@@ -113,8 +113,8 @@ FAULTS = {
         "every piece is recorded",
     ),
     "an error of the copy workers lost": Fault(
-        "fail(j, moved < 0 ? errno : -1, position);",
-        "if (!PLANTED) fail(j, moved < 0 ? errno : -1, position);",
+        "if (error) fail(j, error, position);",
+        "if (error && !PLANTED) fail(j, error, position);",
         "rows that cannot be copied fail alone",
         "copy_workers.c",
     ),
