@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,17 @@ def free_bytes() -> int:
     return int(int(fields["MemAvailable"].split()[0]) * 1024 * (1 - KEPT_FREE))
 
 
+def in_threads(run: Callable[[], None], threads: int) -> float:
+    """Seconds until so many threads have run that."""
+    running = [threading.Thread(target=run) for _ in range(threads)]
+    begin = time.perf_counter()
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    return time.perf_counter() - begin
+
+
 def touch_fresh(n_bytes: int, threads: int) -> float:
     """Seconds in which so many threads write one byte to every page of a new NumPy array.
 
@@ -42,13 +54,7 @@ def touch_fresh(n_bytes: int, threads: int) -> float:
         while (start := next(blocks) * BLOCK_BYTES) < n_bytes:
             fresh[start : start + BLOCK_BYTES : PAGE_BYTES] = 1
 
-    running = [threading.Thread(target=touch) for _ in range(threads)]
-    begin = time.perf_counter()
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join()
-    return time.perf_counter() - begin
+    return in_threads(touch, threads)
 
 
 def thread_counts() -> list[int]:

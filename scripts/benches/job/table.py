@@ -90,8 +90,8 @@ def show(title: str, found: dict[str, Any]) -> None:
         checked = "" if "right" not in row else ", right" if row["right"] else ", WRONG RESULT"
         print(
             f"  {name:30} {wall['median']:7.2f} s ({wall['min']:.2f} to {wall['max']:.2f}; first "
-            f"{row['first_wall_s']:.2f}), user {row['user_s']['median']:.1f} s, system {row['system_s']['median']:.1f} s, peak "
-            f"{row['peak_resident_bytes']['median'] / 2**20:.0f} MiB{checked}"
+            f"{row['first_wall_s']:.2f}), user {row['user_s']['median']:.1f} s, system "
+            f"{row['system_s']['median']:.1f} s, peak {row['peak_resident_bytes']['median'] / 2**20:.0f} MiB{checked}"
         )
         if "parts_s" in row:
             parts = ", ".join(f"{part} {seconds['median']:.2f}" for part, seconds in row["parts_s"].items())

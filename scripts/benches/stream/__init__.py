@@ -1,8 +1,8 @@
 """`scripts/bench stream`: host to host through Pipeline, against the bus's bare ceiling and what people write.
 
 The contenders of a case move the same bytes and take turns; figures are medians with their range. What `compare` times
-is compared with the float64 layer, all rows, and an output that is given to it was NaN before; the cases short, start
-and sweep are timed only. Arrays are taken as they come.
+is compared with the float64 layer, all rows, and an output that is given to it was NaN before; the cases short and
+sweep are timed only. Arrays are taken as they come.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benches.case import GPU, Case, Outcome, lacks
+from benches.stream.cold import Cold
 from benches.stream.files import Files
 from benches.stream.gpus import Gpus
 from benches.stream.memory import Memory
@@ -20,11 +21,10 @@ from benches.stream.pin import Pin
 from benches.stream.rows import release
 from benches.stream.shapes import Shapes
 from benches.stream.short import Short
-from benches.stream.start import Start
 from benches.stream.sweep import Sweep
 
 CASES: dict[str, Case] = {
-    case.name: case for case in (Memory(), Gpus(), Short(), Files(), Start(), Pin(), Shapes(), Sweep())
+    case.name: case for case in (Memory(), Gpus(), Short(), Files(), Cold(), Pin(), Shapes(), Sweep())
 }
 ONLY_WHEN_NAMED = ("sweep",)
 
