@@ -17,7 +17,7 @@ from typing import Any
 
 from benches.case import Outcome
 from benches.common import output_of
-from benches.job.contenders import Contender, contenders, run_whole
+from benches.job.contenders import Contender, all_contenders, run_whole
 from benches.job.dataset import MEMORY_FILE_SYSTEMS, Dataset, file_system, lacks_room
 from benches.job.table import Processes, show, summarized
 from benches.layers import random_layer
@@ -92,7 +92,7 @@ def chosen(options: argparse.Namespace) -> dict[str, Contender]:
     Raises:
         SystemExit: `--only` names one that there isn't.
     """
-    found = contenders(options)
+    found = all_contenders(options)
     for name in options.only or ():
         if name not in found:
             raise SystemExit(f"--only is {name!r}, expected one of {', '.join(map(repr, found))}")

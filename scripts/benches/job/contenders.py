@@ -39,7 +39,7 @@ class Contender:
         return self.parts is not None
 
 
-def contenders(options: argparse.Namespace) -> dict[str, Contender]:
+def all_contenders(options: argparse.Namespace) -> dict[str, Contender]:
     """All that this machine can run, by name."""
     files = ("--precision", options.precision, "--scale", str(SCALE))
     ours = [sys.executable, "-m", "pipeline", "run", "--json", "--no-progress", "--devices", options.devices, *files]

@@ -45,7 +45,7 @@ def run_kind(kind: Kind, features: int, precision: str, device: str = "cuda:0") 
     """One process: what it took, in seconds, and whether its rows are right."""
     arguments = str(kind.rows), str(features), precision, device, kind.memory, kind.cuda
     found = run_process("stream/cold_process.py", *arguments)
-    warm_s, calls = statistics.median(found["warm_s"]), found["calls_s"]
+    warm_s, calls = statistics.median(found["warm_runs_s"]), found["calls_s"]
     later_s = statistics.median(calls[2:])
     seconds = {"first_s": calls[0], "second_s": calls[1], "later_s": later_s, "warm_s": warm_s}
     beyond = {"first_beyond_warm_s": calls[0] - warm_s, "second_beyond_warm_s": calls[1] - warm_s}
@@ -63,6 +63,7 @@ def summarized(processes: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         **found,
         "processes": len(processes),
+        "all_calls_s": [each["calls_s"] for each in processes],
         "torch_imported": any(each["torch_imported"] for each in processes),
         "worst_difference": functools.reduce(larger, (each["worst_difference"] for each in processes)),
         "right": all(each["right"] for each in processes),

@@ -94,7 +94,7 @@ print(
     json.dumps(
         {
             "calls_s": calls,
-            "warm_s": warm[1:],
+            "warm_runs_s": warm[1:],
             "first_chunk_s": first_chunk_s,
             "first_setup_s": first.get("setup_s"),
             "first_run_s": first.get("run_s"),
