@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -101,11 +102,13 @@ class Cold(Case):
         found: dict[str, list[dict[str, Any]]] = {name: [] for name in tried}
         for kind in tried.values():  # kernels are compiled and the machine is measured once
             run_kind(kind, options.features, options.precision)
+        begin = time.perf_counter()
         results: dict[str, Any] = {}
         for n, name in turns(tried, options.rounds):
             found[name].append(run_kind(tried[name], options.features, options.precision))
             if all(len(processes) == n + 1 for processes in found.values()):
                 results = {each: summarized(processes) for each, processes in found.items()}
+                print(f"round {n + 1} of {options.rounds}: {time.perf_counter() - begin:.0f} s", flush=True)
                 yield Outcome(results, all(each["right"] for each in results.values()))
         for name, each in results.items():
             show(name, each)
