@@ -131,3 +131,18 @@ def test_cold_kinds_are_of_two_sizes_and_start_in_both_ways() -> None:
     found = cold.kinds(8, 8192)
     assert found["8 GiB pinned"] == Kind(262144, "pinned") and found["1,024 rows pinned"].rows == 1024
     assert found["2 GiB ordinary, CUDA not started"] == Kind(65536, "ordinary", "no context")
+
+
+def test_memory_is_refused_where_even_two_arrays_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "free_bytes", lambda: 2**20)
+    with pytest.raises(SystemExit, match="pass a smaller --gib"):
+        rows.Memory.take(2**20)
+
+
+def test_cases_that_need_long_pinned_rows_are_refused_where_they_are_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = rows.Memory([np.ones(8), np.ones(8)], [np.ones(2), np.ones(2)])
+    options = SimpleNamespace(gib=32.0, features=8, precision="ieee")
+    monkeypatch.setattr(rows, "_made", {(32.0, 8, "ieee"): SimpleNamespace(memory=short)})
+    assert rows.rows_for(options, whole_pinned=False).memory is short  # type: ignore[arg-type]
+    with pytest.raises(SystemExit, match=r"more arrays of 32 GiB than fit .*: pass a smaller --gib"):
+        rows.rows_for(options)  # type: ignore[arg-type]
