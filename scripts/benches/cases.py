@@ -6,9 +6,10 @@ from benches.case import Case
 from benches.cpu import Cpu
 from benches.errors import Errors
 from benches.file import File
+from benches.job import Job
 from benches.kernel import Kernel
 from benches.launch import Launch
 from benches.stream import Stream
 from benches.versions import Versions
 
-CASES: list[Case] = [Kernel(), Errors(), Launch(), Stream(), Cpu(), File(), Versions()]
+CASES: list[Case] = [Kernel(), Errors(), Launch(), Stream(), Cpu(), File(), Job(), Versions()]

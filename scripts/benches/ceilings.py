@@ -9,8 +9,9 @@ from typing import Any
 COPY_BYTES = 64 * 2**20
 
 
-def bare_copies(x: Any, y: Any) -> float:
-    """Seconds of nothing but copies of pinned x to the GPU and of y back, both at once: the ceiling of any recipe."""
+def bare_copies(x: Any, y: Any, times: int = 1) -> float:
+    """Seconds of nothing but copies of pinned x to the GPU and of y back, both at once, so many times: the ceiling of
+    any recipe."""
     import torch
 
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
@@ -22,11 +23,13 @@ def bare_copies(x: Any, y: Any) -> float:
     (rows_in, device_in), (rows_out, device_out) = buffers(x), buffers(y)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    for i in range(max(-(-len(x) // rows_in), -(-len(y) // rows_out))):
-        part = x[i * rows_in : (i + 1) * rows_in]
+    copies = max(-(-len(x) // rows_in), -(-len(y) // rows_out))
+    for i in range(times * copies):
+        place = i % copies
+        part = x[place * rows_in : (place + 1) * rows_in]
         with torch.cuda.stream(streams[0]):
             device_in[i % 2][: len(part)].copy_(part, non_blocking=True)
-        part = y[i * rows_out : (i + 1) * rows_out]
+        part = y[place * rows_out : (place + 1) * rows_out]
         with torch.cuda.stream(streams[1]):
             part.copy_(device_out[i % 2][: len(part)], non_blocking=True)
     torch.cuda.synchronize()

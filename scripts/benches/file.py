@@ -14,12 +14,12 @@ from benches.common import GIB, run_process
 from benches.layers import ALLOWED, random_layer, verdict, worst_difference
 
 
-def write_rows(path: Path, rows: int, features: int) -> None:
+def write_rows(path: Path, rows: int, features: int, block_rows: int = 65536) -> None:
     """A .npy of random rows, of which no two blocks are alike."""
     import numpy as np
 
     x = np.lib.format.open_memmap(path, "w+", np.float32, (rows, features))
-    block = np.random.default_rng(1).standard_normal((min(rows, 65536), features), dtype=np.float32)
+    block = np.random.default_rng(1).standard_normal((min(rows, block_rows), features), dtype=np.float32)
     for row in range(0, rows, len(block)):
         x[row : row + len(block)] = block[: rows - row]
         x[row : row + len(block), 0] += np.float32(row // len(block))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from benches.turns import timed, turns
 
 ALLOWED_BF16 = ALLOWED["bfloat16"]
 LONG_S = 3  # a contender that takes longer has fewer turns
+COPY_WORKERS = "copy workers, array to array"
 
 
 @dataclass(frozen=True)
@@ -31,46 +32,45 @@ class _Found:
     """What one contender's turns gave."""
 
     seconds: list[float] = field(default_factory=list)
-    first_seconds: list[float] = field(default_factory=list)
+    again_seconds: list[float] = field(default_factory=list)
     worst: float = 0.0
 
 
 def _take_turn(contender: Contender, found: _Found, rows: Rows, first_round: bool) -> None:
-    """Run a contender twice, or once where that takes long; the last run counts.
+    """Run a contender, which counts, and at once again, which is told apart, unless that takes long.
 
-    The processor's clocks, and threads that have rested for seconds, take a while to come up, so the bare copies are
-    timed in the same way.
+    The processor's clocks, and threads that have rested for seconds, take a while to come up: the second run shows how
+    much of the first that was.
     """
     import torch
 
     if first_round and contender.y is not None:
         contender.y.fill_(torch.nan)
     took_s, result = timed(contender.run)
-    found.first_seconds.append(took_s)
+    found.seconds.append(took_s)
     if first_round:
         found.worst = rows.worst_difference(contender.y if contender.y is not None else result)
     del result
     if took_s < LONG_S:
-        took_s, _ = timed(contender.run)
-    found.seconds.append(took_s)
+        found.again_seconds.append(timed(contender.run)[0])
 
 
 def compare(
-    rows: Rows, contenders: dict[str, Contender], rounds: int, copied: tuple[Any, Any] | None = None
+    rows: Rows, contenders: dict[str, Contender], rounds: int, alone: Mapping[str, Callable[[], float]] | None = None
 ) -> dict[str, Any]:
     """Time the contenders in turns and check what each of them wrote.
 
-    `copied`, a source and a target, is copied by the copy workers alone once a round.
+    `alone` are rates, in GB/s, that are measured once a round with nothing else going on.
     """
     found = {name: _Found() for name in contenders}
     ceilings: list[float] = []
-    copies: list[float] = []
-    round_of_copies = -1
+    rates: dict[str, list[float]] = {name: [] for name in alone or {}}
+    measured_round = -1
     for n, name in turns(contenders, rounds):
-        if copied is not None and n > round_of_copies:
-            source, target = (tensor.numpy().reshape(-1) for tensor in copied)
-            copies.append(source.nbytes / rows.copier.seconds(target, source) / 1e9)
-            round_of_copies = n
+        if n > measured_round:
+            for what, rate in (alone or {}).items():
+                rates[what].append(rate())
+            measured_round = n
         if n >= 2 and statistics.median(found[name].seconds) > LONG_S:
             continue  # two rounds tell enough of what takes seconds
         rows.ceiling_s()
@@ -85,11 +85,12 @@ def compare(
             limit = (ALLOWED if name.startswith("pipeline") else ALLOWED_CUBLAS)[rows.precision]
         return {
             "seconds": summary(one.seconds),
-            "first_seconds": summary(one.first_seconds),
+            "again_seconds": summary(one.again_seconds) if one.again_seconds else None,
             "rounds": len(one.seconds),
             "gb_per_s_in": bytes_in / statistics.median(one.seconds) / 1e9,
             "gb_per_s_out": bytes_out / statistics.median(one.seconds) / 1e9,
             "of_ceiling": ceiling / statistics.median(one.seconds),
+            "again_of_ceiling": ceiling / statistics.median(one.again_seconds) if one.again_seconds else None,
             "worst_difference": one.worst,
             "allowed_difference": limit,
             "right": bool(one.worst <= limit),
@@ -99,7 +100,7 @@ def compare(
         "bytes_in": bytes_in,
         "bytes_out": bytes_out,
         "ceiling_s": summary(ceilings),
-        "memory_gb_per_s": summary(copies) if copies else None,
+        "alone_gb_per_s": {name: summary(found_rates) for name, found_rates in rates.items()},
         "contenders": {name: as_dict(name, one) for name, one in found.items()},
     }
 
@@ -117,17 +118,15 @@ def show(title: str, found: dict[str, Any]) -> None:
         f"{title}: {found['bytes_in'] / 1e9:.2f} GB in, {found['bytes_out'] / 1e9:.2f} GB out; bare copies "
         f"{gb / ceiling['median']:.1f} GB/s ({gb / ceiling['max']:.1f} to {gb / ceiling['min']:.1f})"
     )
-    if memory := found["memory_gb_per_s"]:
-        print(
-            f"  copy workers alone, array to array: {memory['median']:.1f} GB/s ({memory['min']:.1f} to "
-            f"{memory['max']:.1f})"
-        )
+    for name, rate in found["alone_gb_per_s"].items():
+        print(f"  {name}, alone: {rate['median']:.1f} GB/s ({rate['min']:.1f} to {rate['max']:.1f})")
     for name, row in sorted(found["contenders"].items(), key=lambda item: item[1]["seconds"]["median"]):
         seconds = row["seconds"]
         right = "right" if row["right"] else "WRONG RESULT"
+        again = "" if row["again_seconds"] is None else f"; run again at once {row['again_of_ceiling']:.3f}"
         print(
             f"  {name:34} {gb / seconds['median']:6.2f} GB/s ({gb / seconds['max']:.2f} to {gb / seconds['min']:.2f}), "
-            f"{row['of_ceiling']:.3f} of the ceiling; first run {gb / row['first_seconds']['median']:.2f}; worst "
+            f"{row['of_ceiling']:.3f} of the ceiling{again}; worst "
             f"difference {row['worst_difference']:.1e}, {right}",
             flush=True,
         )

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from benches.case import SEVERAL_GPUS, Case, Outcome
-from benches.stream.compare import ALLOWED_BF16, Contender, all_right, compare, show
+from benches.stream.compare import ALLOWED_BF16, COPY_WORKERS, Contender, all_right, compare, show
 from benches.stream.rows import rows_for
 
 
@@ -53,7 +53,7 @@ class Gpus(Case):
             yield Outcome(results, all_right(results))
 
             both = contenders(wide, ordinary, rows.y, None) | contenders(narrow, ordinary, rows.y, ALLOWED_BF16)
-            found = compare(rows, both, options.rounds, copied=(rows.x, rows.y))
+            found = compare(rows, both, options.rounds, alone={COPY_WORKERS: rows.copied_gb_per_s})
             stats, stats_bf16 = every.run(*ordinary).stats, every_narrow.run(*ordinary).stats
             more = {"stats": stats.as_dict(), "stats_bf16": stats_bf16.as_dict()}
             results["ordinary to ordinary memory"] = {**found, **more}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,38 +12,44 @@ import numpy as np
 from benches.ceilings import Copier, bare_copies
 from benches.common import GIB
 from benches.layers import larger, random_layer
+from benches.pages import free_bytes
 
-KEPT_FREE = 0.2  # of the memory that is available
+BUS_BYTES = 2 * GIB  # pinned memory each way where the arrays take most of what there is: beyond all caches
 LATER = 3  # arrays that cases make: in torch's small pages, both ends, and a fresh result
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Four flat float32 arrays of one length, taken as they come: two ordinary ones and two that are pinned. All are
-    NumPy's, which asks for huge pages, and written before."""
+    """Four flat float32 arrays, taken as they come: two ordinary ones, and two that are pinned, as long as these where
+    there is room for that. All are NumPy's, which asks for huge pages, and written before."""
 
     ordinary: list[Any]
     pinned: list[Any]
 
     @classmethod
     def take(cls, length: int) -> Memory:
-        """Ends the program where memory for them, and for as many as are made later, is short."""
+        """Ends the program where memory is short even for two long arrays, two short ones and a result."""
         import torch
 
-        from pipeline.devices.cpu import free_memory_bytes
-
-        need, free = (4 + LATER) * 4 * length, int((free_memory_bytes() or 0) * (1 - KEPT_FREE))
+        free = free_bytes()
+        pinned_length = length if (4 + LATER) * 4 * length <= free else min(length, BUS_BYTES // 4)
+        need = 4 * (3 * length + 2 * pinned_length)
         if need > free:
             raise SystemExit(
                 f"the arrays of this bench take {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free for it: pass a "
                 f"smaller --gib"
             )
-        arrays = [np.empty(length, np.float32) for _ in range(4)]
+        arrays = [np.empty(n, np.float32) for n in (length, length, pinned_length, pinned_length)]
         for array in arrays:
             torch.from_numpy(array).zero_()
         for array in arrays[2:]:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(array.ctypes.data, array.nbytes, 0))
         return cls(arrays[:2], arrays[2:])
+
+    @property
+    def roomy(self) -> bool:
+        """Whether the pinned arrays are as long as the others, and there is memory for more of that length."""
+        return len(self.pinned[0]) == len(self.ordinary[0])
 
     def close(self) -> None:
         import torch
@@ -55,7 +62,7 @@ class Memory:
 @dataclass(frozen=True)
 class Rows:
     """The layer, x and y as torch's views of pinned and of ordinary memory, and the float64 result, rounded to float32,
-    on the GPU."""
+    on the GPU. The pinned ones have fewer rows where `memory` isn't roomy."""
 
     layer: Any
     precision: str
@@ -73,7 +80,8 @@ class Rows:
         import torch
 
         def view(flat: Any, features: int) -> Any:
-            return torch.from_numpy(flat[: rows * features]).view(rows, features)
+            there = min(rows, len(flat) // features)
+            return torch.from_numpy(flat[: there * features]).view(there, features)
 
         in_features, out_features = widths
         made = cls(
@@ -98,10 +106,11 @@ class Rows:
         w, b = (torch.from_numpy(array).cuda().double() for array in (self.layer.weight, self.layer.bias))
         for row in range(0, len(self.x), 8192):
             part = torch.randn(min(8192, len(self.x) - row), self.x.shape[1], device="cuda")
-            self.x_pinned[row : row + 8192].copy_(part)
+            staged = self.x_pinned[: len(part)]  # the GPU copies to pinned memory several times faster
+            self.x[row : row + 8192].copy_(staged.copy_(part))
             z = torch.addmm(b, part.double(), w.T)
             self.want[row : row + 8192] = 2.0 * torch.sigmoid(z) + z
-        self.x.copy_(self.x_pinned)
+        self.x_pinned.copy_(self.x[: len(self.x_pinned)])
 
     def first(self, rows: int) -> Rows:
         """The first of these rows."""
@@ -115,7 +124,13 @@ class Rows:
         return FusedLinear(self.layer.weight, self.layer.bias, self.layer.scaling_factor)
 
     def ceiling_s(self) -> float:
-        return bare_copies(self.x_pinned, self.y_pinned)
+        """Seconds of the bare copies of as many bytes as x and y have, again and again over the pinned ones."""
+        share = len(self.x) / len(self.x_pinned)
+        return bare_copies(self.x_pinned, self.y_pinned, math.ceil(share)) * share / math.ceil(share)
+
+    def copied_gb_per_s(self) -> float:
+        """The rate of the copy workers alone, from array to array."""
+        return int(self.x.nbytes) / self.copier.seconds(self.y.numpy().reshape(-1), self.x.numpy().reshape(-1)) / 1e9
 
     def worst_difference(self, y: Any) -> float:
         """The largest |y - reference| / (1 + |reference|) over all rows. NaN where y has one."""
@@ -133,12 +148,21 @@ class Rows:
 _made: dict[tuple[float, int, str], Rows] = {}
 
 
-def rows_for(options: argparse.Namespace) -> Rows:
-    """The rows that the options ask for, made once a process and shared by its cases."""
+def rows_for(options: argparse.Namespace, *, whole_pinned: bool = True) -> Rows:
+    """The rows that the options ask for, made once a process and shared by its cases.
+
+    Raises:
+        SystemExit: memory is short, for all of them in pinned memory too if the case needs that.
+    """
     key = options.gib, options.features, options.precision
     if key not in _made:
         rows, widths = int(options.gib * GIB) // (options.features * 4), (options.features, options.features)
         _made[key] = Rows.make(Memory.take(rows * options.features), Copier(), rows, widths, options.precision)
+    if whole_pinned and not _made[key].memory.roomy:
+        raise SystemExit(
+            f"this case takes more arrays of {options.gib:g} GiB than fit into memory: pass a smaller --gib; the cases "
+            f"memory, short and pin can do with fewer"
+        )
     return _made[key]
 
 

@@ -25,7 +25,7 @@ class Short(Case):
 
         from pipeline import Pipeline
 
-        rows = rows_for(options)
+        rows = rows_for(options, whole_pinned=False)
         forward = peers.torch_layer(rows.layer)
         x, y = rows.x_pinned[:ROWS], rows.y_pinned[:ROWS]
         ordinary = rows.x[:ROWS].numpy(), rows.y[:ROWS].numpy()
