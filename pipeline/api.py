@@ -63,9 +63,9 @@ class Pipeline:
         OptionError, DTypeError, DeviceNotFoundError: at once.
         DeviceMemoryError, CompileError: at once, before any data is touched.
 
-    The pinned ring and the number of copy workers are those that a measurement on this machine found best: made by
-    the first large run (8 GiB in and out together), in a second or two, and kept for later ones. `Stats.staging_origin`
-    says where they come from; the environment variables of the README go before it.
+    The pinned ring and the number of copy workers are those that a measurement on this machine found best: made in a
+    second or two before the run with which a Pipeline has moved 256 GiB in and out together, and kept for later ones.
+    `Stats.staging_origin` says where they come from; the environment variables of the README go before it.
 
     Use one Pipeline from one thread at a time, and close it (the `with` statement does): pinned and device memory
     are held until then.

@@ -9,8 +9,7 @@ device's own (CUDA tensors; for the CPU any contiguous rows), nothing has to be 
 
 The queues of loads, kernels and stores hold chunks in the order in which they were admitted, and each pass of the loop
 looks at the oldest ones only. A slot is free again when, and only when, all that was queued on it is seen to be done.
-The number of slots and of the movers' pieces bounds the memory, whatever the dataset's size. A chunk is admitted once
-the sink has room for its rows (`Sink.ready`): until then the next one waits, and what is in flight goes on.
+The number of slots and of the movers' pieces bounds the memory, whatever the dataset's size.
 
 The thread that runs the loop is the only one that queues kernels. Copies are queued by movers, which may have a thread
 of their own: one device is used by both at the same time.
@@ -78,7 +77,6 @@ class Executor:
         self._ranges = Ranges()
         self._error: Exception | None = None
         self._admitted = 0
-        self._waiting: Chunk | None = None  # taken from the feed, until the sink has room for it
         self._free_slots = deque(range(num_streams))
         self._flights: list[_Flight] = []
         self._loads: deque[_Flight] = deque()  # not seen to be done, as the kernels and the stores
@@ -108,7 +106,7 @@ class Executor:
                 uninterrupted(self._movers.cancel)
             raise
         finally:
-            self._error = self._waiting = None  # the error's traceback names this frame, and so the caller's data
+            self._error = None  # its traceback names this frame, and so the caller's data
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -123,29 +121,24 @@ class Executor:
         return moved
 
     def _intake_is_over(self) -> bool:
-        if self._error is not None or self._stopping.is_set():
-            return True
-        return self._waiting is None and self._feed.exhausted
+        return self._error is not None or self._stopping.is_set() or self._feed.exhausted
 
     def _admit(self) -> bool:
         """Give the next chunk a free slot, and begin to load it."""
         if not self._free_slots or self._intake_is_over():
             return False
         try:
-            if self._waiting is None:
-                self._waiting = self._feed.take()
+            chunk = self._feed.take()
         except Exception as error:
             self._fail(error, f"the source after {self._admitted} chunks", None)
             return True
-        chunk = self._waiting
+        if chunk is None:
+            return False
         try:
-            if chunk is None or not self._sink.ready(chunk):
-                return False
             target = self._sink.target(chunk)
         except Exception as error:
             self._fail(error, "the sink", None)
             return True
-        self._waiting = None
         self._admitted += 1
         stays = chunk.release is None  # the source's memory, until the kernel has read it
         load_from, own_source = self._split(chunk.source, may_own=stays)

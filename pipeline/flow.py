@@ -226,10 +226,9 @@ class Sink(ABC):
         valid during the call."""
         raise NotImplementedError(f"{type(self).__name__} defines neither write nor target; define one")
 
-    def ready(self, chunk: Chunk) -> bool:
-        """Whether there is room for the chunk's rows by now. A chunk that was taken from the source waits until there
-        is. Called often, from the thread of the device that is to run it; raises where there won't be any."""
-        return True
+    def prepare(self) -> None:
+        """Wait until there is room for all rows, where it has to be made. Called once, before the first chunk; raises
+        where there won't be any."""
 
     def target(self, chunk: Chunk) -> TargetRows | DeviceRows:
         """Where the chunk's rows go."""

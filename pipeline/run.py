@@ -97,6 +97,7 @@ class Run:
         Raises:
             Exception: the first that a device, the source or the sink raised; nothing is in flight any more.
         """
+        self._sink.prepare()
         ranges, number = Ranges(), next(_numbers)
         self._start_s = self._clock()
         gather = Gather(

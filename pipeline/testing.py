@@ -267,12 +267,11 @@ def _write(
     sink: Sink, data: HostArray, chunks: list[tuple[int, int]], order: random.Random, *, workers: bool = False
 ) -> None:
     """Write these chunks of the rows, in disorder."""
+    sink.prepare()
     opened: list[Chunk] = []
     jobs: list[Job] = []
     for number, (row, end) in enumerate(order.sample(chunks, len(chunks))):
         chunk = Chunk(number, row, end - row, _NO_ROWS)
-        while not sink.ready(chunk):
-            sleep(1e-4)
         target = sink.target(chunk)
         assert not isinstance(target, DeviceRows), "rows in a device's memory can't be checked here"
         opened.append(chunk)

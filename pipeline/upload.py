@@ -40,16 +40,13 @@ class StagedUpload(Uploader):
         staging = self._staging
         if rows.nbytes < 2 * staging.piece_bytes or rows.shape[1] * rows.itemsize > staging.piece_bytes:
             return False
-        ring_bytes = staging.ring_pieces * staging.piece_bytes
-        with ThreadPoolExecutor(1) as pool, _read_from(rows) as source:
-            if not self._memory:
-                self._memory.append(self._device.pinned(ring_bytes))
-            second = pool.submit(self._device.pinned, ring_bytes) if len(self._memory) == 1 else None
-            whole = self._memory[0]
-            pieces = [whole[i * staging.piece_bytes :][: staging.piece_bytes] for i in range(staging.ring_pieces)]
+        if not self._memory:  # both at once: pinning memory while copies are queued holds these up
+            with ThreadPoolExecutor(2) as pool:
+                self._memory += pool.map(self._device.pinned, 2 * [staging.ring_pieces * staging.piece_bytes])
+        whole = self._memory[0]
+        pieces = [whole[i * staging.piece_bytes :][: staging.piece_bytes] for i in range(staging.ring_pieces)]
+        with _read_from(rows) as source:
             self._copy_blocks(rows, source, pieces, copy)
-            if second is not None:
-                self._memory.append(second.result())
         return True
 
     def _copy_blocks(

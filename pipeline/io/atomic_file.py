@@ -77,9 +77,10 @@ class AtomicFile:
         """Take the room of the first `n_bytes`, or in memory begin to. What they hold stays. Raises OutputError."""
         self._reservation = Reservation(self.fd, self.path, 0, n_bytes)
 
-    def has_room(self, end: int) -> bool:
-        """Whether the bytes before `end` have the room that was to be reserved for them. Raises OutputError."""
-        return self._reservation is None or self._reservation.covers(end)
+    def wait_for_room(self) -> None:
+        """Wait until the room that was to be reserved is there. Raises OutputError: it won't be."""
+        if self._reservation is not None:
+            self._reservation.wait()
 
     def check_uncut(self, n_bytes: int) -> None:
         """Check that the first `n_bytes`, all of which were written, are still there. Raises OutputError."""
@@ -192,8 +193,8 @@ class AtomicFileSink(Sink):
                 self._file.abort()
             raise
 
-    def ready(self, chunk: Chunk) -> bool:
-        return self._file.has_room(self._layout.end_of(chunk.row, chunk.rows))
+    def prepare(self) -> None:
+        self._file.wait_for_room()
 
     def target(self, chunk: Chunk) -> FileRows:
         return FileRows(self._layout, chunk.row, self.cast)

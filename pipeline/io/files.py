@@ -81,12 +81,6 @@ class FileLayout:
         """Whether it is the elements of a column, not those of a row, that follow one another."""
         return self.strides[1] != self.itemsize
 
-    def end_of(self, row: int, count: int) -> int:
-        """The position behind the last byte of rows [row, row + count)."""
-        row_bytes, column_bytes = self.strides
-        last = self.position + max(row * row_bytes, (row + count - 1) * row_bytes)
-        return last + max(0, (self.features - 1) * column_bytes) + self.itemsize
-
     def mapped(self, end: int) -> FileLayout:
         """The same with a map of the bytes before `end`, which the file has, where it pays: in memory."""
         if not self.plain or not end or not is_in_memory(self.fd):

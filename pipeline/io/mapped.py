@@ -62,8 +62,8 @@ class MapSink(Sink):
         self._reservation = Reservation(file.fd, file.path, file.low, file.high)
         self._layout = layout.mapped(file.high)
 
-    def ready(self, chunk: Chunk) -> bool:
-        return self._reservation.covers(self._layout.end_of(chunk.row, chunk.rows))
+    def prepare(self) -> None:
+        self._reservation.wait()
 
     def target(self, chunk: Chunk) -> FileRows:
         return FileRows(self._layout, chunk.row, self.cast)

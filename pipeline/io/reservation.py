@@ -1,7 +1,8 @@
 """Room for a file's bytes, taken before they are written, so that a full disk shows before any work.
 
 On a disk this is a note in the file system's books and done at once. In a file system in memory it is work, a page for
-every 4 KiB, so a thread does it ahead of the rows (docs/notes/formats.md has the rates).
+every 4 KiB, so a thread does it while devices are opened. Rows come when it is done: the system makes new pages and
+hands out others several times more slowly at the same time than one after the other (docs/notes/formats.md).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from pipeline.config import GIB
 from pipeline.errors import OutputError, uninterrupted
 
-_STEP_BYTES = 16 << 20  # what is taken at once: the first rows wait for it, and so does who ends the thread
+_STEP_BYTES = 16 << 20  # what is taken at once: who ends the thread waits for it
 _IN_MEMORY = (0x01021994, 0x858458F6)  # tmpfs and ramfs, as <linux/magic.h> has them
 _NOT_THERE = (errno.EOPNOTSUPP, errno.ENOSYS)
 _BLOCK_BYTES = 512  # what st_blocks counts, whatever the file system's blocks are
@@ -100,20 +101,21 @@ class Reservation:
         try:
             while self._taken_to < self._end and not self._stopping.is_set():
                 self._take_step(fd)
-        except OSError as error:  # raised by covers()
+        except OSError as error:  # raised by wait()
             self._error = error
         finally:
             os.close(fd)
 
-    def covers(self, end: int) -> bool:
-        """Whether the bytes before `end` have their room by now; those behind the reservation's end are none of its.
+    def wait(self) -> None:
+        """Wait until all room is taken.
 
         Raises:
             OutputError: there isn't as much as it was begun for.
         """
+        if self._thread is not None:
+            self._thread.join()
         if self._error is not None:
             raise self._refusal(self._error) from self._error
-        return min(end, self._end) <= self._taken_to
 
     def stop(self) -> None:
         """Take no more, and end the thread. Safe to call at any time."""

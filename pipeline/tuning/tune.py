@@ -1,6 +1,6 @@
 """How rows are staged on this machine, and what its copies reach: measured once, kept in a file, shown in reports.
 
-A measurement takes a second or two, so it is made by the first large run on a machine and kept in
+A measurement takes a second or two, so it is made where much is moved, once on a machine, and kept in
 `cache_dir()/tuning/`, one JSON file a kind of machine. Environment variables go before what was measured (see
 `Staging.chosen`).
 """
@@ -29,9 +29,10 @@ from pipeline.instrument import Ceilings, bus_rates, host_rates
 from pipeline.staging.native import workers_kind
 from pipeline.tuning.measure import RING_BYTES, Copies
 
-# A run that moves as much over the bus, in and out together, may start with a measurement. It is one itself as well:
-# caches hold little of its rows.
-PAYS_BYTES = 8 * GIB
+# A measurement takes a second, as long as a bus takes for some 80 GiB, in and out together. It is made once the runs of
+# a fleet, with the next one, have moved so much: a job that is over sooner would only wait for it.
+PAYS_BYTES = 256 * GIB
+SUSTAINED_BYTES = 8 * GIB  # a run that moves as much is a measurement itself: caches hold little of its rows
 _ROUNDED_UP = 1 + 1e-9  # of a ceiling that was raised to a rate, the rate is at most all
 _BUDGET_S, _TRIAL_S = 1.5, 0.03
 _ROUNDS = 3
@@ -120,6 +121,7 @@ class Tuning:
     def __init__(self, devices: Sequence[Device]) -> None:
         self._devices = list(devices)
         self.measured: Measured | None = None
+        self._asked_bytes = 0
         self._why_not = ""
         if all(device.has_bus for device in devices):
             self._facts = machine_facts([device.description for device in devices])
@@ -134,11 +136,13 @@ class Tuning:
         return Staging.chosen(replace(found, origin=found.origin + (f" ({self._why_not})" if self._why_not else "")))
 
     def pays(self, n_bytes: int) -> bool:
-        """Whether a run that moves `n_bytes` in and out together should start with a measurement."""
+        """Whether a run that moves `n_bytes` in and out together should start with a measurement. To be asked once
+        before each run."""
         when = tuning()
         if self._why_not or self.measured is not None or when == "never":
             return False
-        return when == "always" or n_bytes >= PAYS_BYTES
+        self._asked_bytes += n_bytes
+        return when == "always" or self._asked_bytes >= PAYS_BYTES
 
     def measure(self, source: HostArray | None = None) -> None:
         """Measure, and keep what was found for later processes. Blocks for a second or two.
@@ -162,7 +166,7 @@ class Tuning:
         Only a run of 8 GiB over the bus counts: rows of a smaller one may have come out of a cache. It counts over all
         of the time in which rows moved, so its rates are no bursts.
         """
-        if self.measured is None or moved_bytes["H2D"] + moved_bytes["D2H"] < PAYS_BYTES:
+        if self.measured is None or moved_bytes["H2D"] + moved_bytes["D2H"] < SUSTAINED_BYTES:
             return False
         raised = self.measured.raised_to(moved_bytes, run_s, _now())
         if raised == self.measured:
@@ -252,11 +256,13 @@ def machine_facts(devices: Sequence[str]) -> dict[str, Any]:
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        with open("/proc/cpuinfo") as lines:  # long where there are many cores, and made while it is read
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
     except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+        pass
+    return platform.machine()
 
 
 def path_of(facts: dict[str, Any]) -> Path:
@@ -282,7 +288,7 @@ def load(facts: dict[str, Any]) -> Measured | None:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
         warnings.warn(
-            f"the measurement in {path} can't be used: {error!r}; the next large run measures again, or remove it",
+            f"the measurement in {path} can't be used: {error!r}; it will be measured again, or remove it",
             RuntimeWarning,
             stacklevel=2,
         )

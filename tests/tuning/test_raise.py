@@ -129,7 +129,7 @@ def slow_measurement(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_large_run_that_beats_the_measurement_raises_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "PAYS_BYTES", 1000 * (64 + 48) * 4)
+    monkeypatch.setattr(tune, "SUSTAINED_BYTES", 1000 * (64 + 48) * 4)
     with Pipeline(LAYER, devices="cpu") as pipe:
         assert pipe.ceilings["cpu"].h2d_gb_per_s is not None and pipe.ceilings["cpu"].h2d_gb_per_s < 2e-6
         stats = pipe.run(X, OUT).stats
@@ -163,10 +163,10 @@ def test_raising_keeps_what_another_process_raised_or_measured_meanwhile() -> No
     assert not tuning.raise_to(moved(600, 600), 1.0)
 
 
-def test_raising_needs_as_many_bytes_as_a_measurement_pays_for() -> None:
+def test_raising_needs_a_sustained_run() -> None:
     tuning = tune.Tuning([Bus()])
-    just_less = (tune.PAYS_BYTES / 2 - 1) / 1e9
-    assert tune.PAYS_BYTES == 8 * GIB and not tuning.raise_to(moved(just_less, just_less), 1e-3)
+    just_less = (tune.SUSTAINED_BYTES / 2 - 1) / 1e9
+    assert tune.SUSTAINED_BYTES == 8 * GIB and not tuning.raise_to(moved(just_less, just_less), 1e-3)
     assert tuning.measured == tune.load(FACTS) == SLOW
 
 
@@ -180,7 +180,7 @@ def test_measurement_of_an_earlier_version_is_read(own_cache: Path) -> None:
 
 def test_run_of_some_devices_raises_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What was measured is all devices' together: one alone may have more than its part."""
-    monkeypatch.setattr(tune, "PAYS_BYTES", 1)
+    monkeypatch.setattr(tune, "SUSTAINED_BYTES", 1)
     with Pipeline(LAYER, devices="cpu") as pipe:
         recorder = Recorder("cpu")
         recorder.add("H2D", 0, 0.0, 1.0, 10**12)

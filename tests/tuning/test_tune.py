@@ -337,6 +337,15 @@ def bus(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Bus]]:
 X = np.random.default_rng(1).standard_normal((1000, 64), np.float32)
 
 
+def test_short_runs_of_one_pipeline_add_up(layer: FusedLinear, bus: list[Bus], own_cache: Path) -> None:
+    with Pipeline(layer, devices="cpu") as pipe:
+        probes = []
+        for _ in range(3):
+            pipe.run(X[:400])
+            probes.append(Bus.probes)
+        assert probes == [0, 0, 1]
+
+
 def test_first_large_run_measures_and_stages_as_found(layer: FusedLinear, bus: list[Bus], own_cache: Path) -> None:
     with Pipeline(layer, devices="cpu") as pipe:
         small = pipe.run(X[:999])

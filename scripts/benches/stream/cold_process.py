@@ -38,7 +38,7 @@ def written_arrays() -> tuple[np.ndarray, np.ndarray]:
     def write() -> None:
         while (row := next(numbers) * BLOCK_ROWS) < rows:
             x[row : row + BLOCK_ROWS] = block[: rows - row]
-            x[row : row + BLOCK_ROWS, 0] += np.float32(row // BLOCK_ROWS)
+            x[row : row + BLOCK_ROWS, 0] += np.float32(row // BLOCK_ROWS / 1024)
             y[row : row + BLOCK_ROWS] = np.nan
 
     in_threads(write, cores())
