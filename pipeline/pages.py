@@ -16,7 +16,7 @@ from pipeline.arrays import HostArray, address_of
 from pipeline.config import GIB, MIB, cores
 
 _HUGE_PAGE_BYTES = 2 * MIB  # on x86-64, and on ARM with pages of 4 KiB
-_THREADS = 8  # more of them touch little memory no sooner (docs/notes/start.md)
+_THREADS = 4  # more of them touch little memory no sooner (docs/notes/start.md)
 
 
 @dataclass(frozen=True, eq=False)

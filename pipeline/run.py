@@ -80,7 +80,7 @@ class Run:
         self._done = _Count(source.rows, options.progress, self._ceiling_rows_per_s())
         self._stopping = threading.Event()
         self._errors: list[BaseException] = []
-        self._start_s = self._moved_s = 0.0
+        self._start_s = self._moved_s = self._room_s = 0.0
 
     @property
     def rows(self) -> int:
@@ -97,7 +97,9 @@ class Run:
         Raises:
             Exception: the first that a device, the source or the sink raised; nothing is in flight any more.
         """
+        ready_s = self._clock()
         self._sink.prepare()
+        self._room_s = self._clock() - ready_s
         ranges, number = Ranges(), next(_numbers)
         self._start_s = self._clock()
         gather = Gather(
@@ -159,7 +161,7 @@ class Run:
             setup=self._setup(self._moved_s - first_s),
             rows=self.rows,
             start_s=first_s,
-            parts=Parts(first_s - self._called_s, self._moved_s - first_s, now_s - self._moved_s),
+            parts=Parts(first_s - self._called_s, self._moved_s - first_s, now_s - self._moved_s, room_s=self._room_s),
             exact_rows=self._exact_rows() - self._exact_rows_before,
             recorders=self._recorders,
         )

@@ -87,6 +87,8 @@ def advice(stages: Mapping[str, StageStats], parts: Parts, runs_as: str, on_cpu:
     name = largest(stages, parts, ends)
     if name == NONE:
         return ""
+    if name == SET_UP and parts.room_s > parts.setup_s / 2:
+        return _ROOM_ADVICE
     if name == SET_UP and ends.source == "batches":
         return f"{_SET_UP_ADVICE}, and an iterable may give its first batch sooner"
     if name not in stages:
@@ -102,6 +104,10 @@ def advice(stages: Mapping[str, StageStats], parts: Parts, runs_as: str, on_cpu:
 _SET_UP_ADVICE = (
     "set-up takes longer than anything else: keep a Pipeline open, or call again in this process, or give more rows at "
     "once; the first call of a process starts the devices, the first large one on a machine measures its copies"
+)
+_ROOM_ADVICE = (
+    "a file system in memory first makes the pages of the whole output: a narrower out_dtype, or as `out` an np.memmap "
+    "of an earlier result, whose pages are there"
 )
 _PART_ADVICE = {
     SET_UP: _SET_UP_ADVICE,

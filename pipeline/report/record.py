@@ -32,6 +32,7 @@ class Parts:
     setup_s: float
     run_s: float  # rows move
     finish_s: float
+    room_s: float = 0.0  # of set-up: the room of an output in memory was waited for when all else was ready
 
     @property
     def seconds(self) -> float:

@@ -74,6 +74,8 @@ def test_advice_goes_by_where_rows_come_from_and_go(busy: str, ends: Ends, said:
             "keep a Pipeline open",
         ),
         (Parts(3.0, 1.0, 0.0), Ends("batches"), SET_UP, "bound by set-up", "give its first batch sooner"),
+        (Parts(3.0, 1.0, 0.0, room_s=1.4), FILE, SET_UP, "bound by set-up", "keep a Pipeline open"),
+        (Parts(3.0, 1.0, 0.0, room_s=1.6), FILE, SET_UP, "bound by set-up", "makes the pages of the whole output"),
         (
             Parts(0.0, 1.0, 4.0),
             FILE,
