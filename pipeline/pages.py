@@ -1,4 +1,4 @@
-"""New memory of the host in whole pages: with all pages there at once, or from what freed results leave."""
+"""New memory of the host in whole pages, and what freed results leave."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ import mmap
 import os
 import weakref
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
 from pipeline.arrays import HostArray, address_of
-from pipeline.config import GIB, MIB, cores
+from pipeline.config import GIB, MIB
 
-_HUGE_PAGE_BYTES = 2 * MIB  # on x86-64, and on ARM with pages of 4 KiB
-_THREADS = 4  # more of them touch little memory no sooner (docs/notes/start.md)
+HUGE_PAGE_BYTES = 2 * MIB  # on x86-64, and on ARM with pages of 4 KiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +29,7 @@ class Pages:
     def new(cls, n_bytes: int) -> Pages:
         """Raises MemoryError: the system refused."""
         try:
-            whole = mmap.mmap(-1, n_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            whole = mmap.mmap(-1, n_bytes + HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except (OSError, OverflowError) as error:
             raise MemoryError(f"can't allocate {n_bytes / GIB:.2f} GiB of memory: {error}") from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -40,31 +38,12 @@ class Pages:
             except OSError:  # a system built without them
                 pass
         array = np.frombuffer(whole, np.uint8)
-        first = -address_of(array) % _HUGE_PAGE_BYTES
+        first = -address_of(array) % HUGE_PAGE_BYTES
         return cls(whole, array[first : first + n_bytes])
 
 
-def touched_memory(n_bytes: int) -> HostArray:
-    """New memory (uint8) whose pages are all there.
-
-    Several threads touch them, since clearing pages takes the system longer than all else that is done with them.
-
-    Raises:
-        MemoryError: the system refused.
-    """
-    memory = Pages.new(n_bytes).memory
-    pages = -(-n_bytes // _HUGE_PAGE_BYTES)
-    threads = min(_THREADS, cores(), pages)
-    if threads == 1:
-        _touch(memory)
-        return memory
-    bounds = [pages * i // threads * _HUGE_PAGE_BYTES for i in range(threads + 1)]
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda low, high: _touch(memory[low:high]), bounds, bounds[1:]))
-    return memory
-
-
-def _touch(memory: HostArray) -> None:
+def touch(memory: HostArray) -> None:
+    """Have the system make the pages of new memory (uint8)."""
     memory[:: mmap.PAGESIZE] = 0
 
 

@@ -47,7 +47,7 @@ class Station:
 
     def restage(self, workers: Workers, staging: Staging) -> None:
         """Stage the next runs' rows with other workers and rings. Between runs only."""
-        self.workers = workers
+        self.workers = self._upload.workers = workers
         self.movers.restage(workers, staging)
 
     @property

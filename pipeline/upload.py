@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+
+import numpy as np
 
 from pipeline.arrays import HostArray
 from pipeline.config import Staging
@@ -14,7 +15,8 @@ from pipeline.devices.base import Device, Uploader
 from pipeline.io.files import FileRows
 from pipeline.io.mapped import is_in_file, open_map
 from pipeline.io.memory import ArrayRows
-from pipeline.rows import Fill, Operation, SourceRows, Workers
+from pipeline.pages import HUGE_PAGE_BYTES, touch
+from pipeline.rows import Drain, Fill, Operation, SourceRows, Workers
 
 
 class StagedUpload(Uploader):
@@ -22,7 +24,7 @@ class StagedUpload(Uploader):
     own copy of ordinary memory is several times slower (docs/notes/start.md)."""
 
     def __init__(self, device: Device, workers: Workers, staging: Staging) -> None:
-        self._device, self._workers, self._staging = device, workers, staging
+        self._device, self.workers, self._staging = device, workers, staging
         self._memory: list[HostArray] = []  # for the blocks, and for the second of the two rings that follow
 
     @property
@@ -36,13 +38,19 @@ class StagedUpload(Uploader):
             return self._memory.pop()[:n_bytes]
         return self._device.pinned(n_bytes)
 
+    def touch(self, memory: HostArray) -> None:
+        """By all copy workers: clearing pages takes the system longer than all else that is done with them."""
+        rows = memory[: len(memory) // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES].reshape(-1, HUGE_PAGE_BYTES)
+        zeros = np.broadcast_to(np.zeros(HUGE_PAGE_BYTES, np.uint8), rows.shape)
+        self.workers.run(Drain(ArrayRows(rows, fresh=True), 0, zeros))
+        touch(memory[rows.nbytes :])
+
     def upload(self, rows: HostArray, copy: Callable[[int, HostArray], Callable[[], None]]) -> bool:
         staging = self._staging
         if rows.nbytes < 2 * staging.piece_bytes or rows.shape[1] * rows.itemsize > staging.piece_bytes:
             return False
-        if not self._memory:  # both at once: pinning memory while copies are queued holds these up
-            with ThreadPoolExecutor(2) as pool:
-                self._memory += pool.map(self._device.pinned, 2 * [staging.ring_pieces * staging.piece_bytes])
+        while len(self._memory) < 2:  # both now: pinning memory while copies are queued holds these up
+            self._memory.append(self._device.pinned(staging.ring_pieces * staging.piece_bytes))
         whole = self._memory[0]
         pieces = [whole[i * staging.piece_bytes :][: staging.piece_bytes] for i in range(staging.ring_pieces)]
         with _read_from(rows) as source:
@@ -72,14 +80,14 @@ class StagedUpload(Uploader):
                 if number >= len(blocks):
                     waits[number % len(blocks)]()
                 block = blocks[number % len(blocks)][: len(rows) - first]
-                fill = self._workers.submit(Fill(source, first, block))
+                fill = self.workers.submit(Fill(source, first, block))
                 if filling is not None:
                     queue_copy(*filling)
                 filling = fill, number, block
             if filling is not None:
                 queue_copy(*filling)
         finally:
-            self._workers.wait_all()
+            self.workers.wait_all()
 
 
 @contextmanager

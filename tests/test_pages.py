@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import mmap
 import threading
 from typing import Any
 
@@ -14,22 +13,23 @@ import torch
 
 from pipeline.arrays import address_of
 from pipeline.config import MIB
-from pipeline.pages import RecycledPages, touched_memory
+from pipeline.pages import Pages, RecycledPages, touch
 
 
 @pytest.mark.parametrize("n_bytes", [1, 4096, 2 * MIB + 1, 33 * MIB])
-def test_touched_memory_is_zero_writable_and_begins_with_a_page(n_bytes: int) -> None:
-    memory = touched_memory(n_bytes)
-    assert memory.nbytes == n_bytes and address_of(memory) % mmap.PAGESIZE == 0 and not memory.any()
+def test_new_pages_are_zero_writable_and_begin_with_a_huge_page(n_bytes: int) -> None:
+    memory = Pages.new(n_bytes).memory
+    assert memory.nbytes == n_bytes and address_of(memory) % (2 * MIB) == 0 and not memory.any()
     memory[:] = 7
     assert (memory == 7).all()
 
 
-def test_touched_memory_is_resident_and_goes_with_its_last_view() -> None:
+def test_touched_pages_are_resident_and_go_with_their_last_view() -> None:
     process = psutil.Process()
     before = process.memory_info().rss
-    memory = touched_memory(64 * MIB)
-    assert process.memory_info().rss - before > 60 * MIB, "without a write of ours"
+    memory = Pages.new(64 * MIB).memory
+    touch(memory)
+    assert process.memory_info().rss - before > 60 * MIB
     part = memory[::2][5:]
     del memory
     part[:] = 1
@@ -108,4 +108,4 @@ def test_recycled_pages_serve_threads_that_take_at_once() -> None:
 def test_pages_that_the_system_refuses_are_a_memory_error() -> None:
     for n_bytes in (1 << 60, 1 << 80):
         with pytest.raises(MemoryError, match=r"can't allocate .* GiB of memory"):
-            touched_memory(n_bytes)
+            Pages.new(n_bytes)

@@ -8,12 +8,14 @@ from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline.arrays import HostArray
-from pipeline.config import Staging
+from pipeline.config import MIB, Staging
 from pipeline.devices.cpu import CpuDevice
 from pipeline.errors import FileFormatError
+from pipeline.pages import Pages
 from pipeline.rows import Workers
 from pipeline.staging.native import open_workers
 from pipeline.upload import StagedUpload
@@ -89,6 +91,17 @@ def test_upload_leaves_small_arrays_and_long_rows_to_the_device(workers: Workers
         for x in (random_bytes(1, 100), random_bytes(20, 2000)):
             assert not upload.upload(x, Target(x).copy)
         assert upload.pinned_bytes == 0, "nothing was pinned for nothing"
+
+
+@pytest.mark.parametrize("n_bytes", [1, 2 * MIB, 11 * MIB + 5])
+def test_upload_has_pages_made_by_the_workers(workers: Workers, n_bytes: int) -> None:
+    with closing(CpuDevice()) as device:
+        memory, process = Pages.new(n_bytes).memory, psutil.Process()
+        before = process.memory_info().rss
+        StagedUpload(device, workers, STAGING).touch(memory)
+        if n_bytes > 10 * MIB:
+            assert process.memory_info().rss - before > 8 * MIB
+        assert not memory.any() and memory.nbytes == n_bytes
 
 
 def test_rings_take_over_the_memory_of_the_upload(workers: Workers) -> None:

@@ -54,6 +54,9 @@ class NativeCopies:
 class Uploader(Protocol):
     """Brings large arrays to a device faster than its own copies of ordinary memory do."""
 
+    def touch(self, memory: HostArray) -> None:
+        """Have the system make the pages of new memory (uint8), which begins with a huge page."""
+
     def upload(self, rows: HostArray, copy: Callable[[int, HostArray], Callable[[], None]]) -> bool:
         """Copy contiguous `rows` block by block. False, and nothing was copied, where that wouldn't be faster.
 

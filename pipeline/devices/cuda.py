@@ -33,6 +33,7 @@ from pipeline.dtypes import DType
 from pipeline.kernels.driver import call, call_error, check_not_forked, count_gpus, driver
 from pipeline.kernels.launch import Launcher, in_context
 from pipeline.layer.base import ALIGNMENT_BYTES, DeviceLayer, Layer
+from pipeline.pages import touch
 from pipeline.rows import DeviceRows, Operation
 
 __all__ = ["CudaDevice", "count_gpus", "is_pinned", "register", "unregister"]
@@ -117,7 +118,9 @@ class CudaDevice(Device):
 
     @_on_this_gpu
     def pinned(self, n_bytes: int) -> HostArray:
-        return self._memory.pinned(n_bytes)
+        return (
+            self._memory.pinned(n_bytes) if self.uploader is None else self._memory.pinned(n_bytes, self.uploader.touch)
+        )
 
     @_on_this_gpu
     def free_pinned(self, memory: HostArray) -> None:

@@ -14,7 +14,7 @@ from pipeline.errors import DeviceMemoryError
 from pipeline.kernels.driver import call, call_error, driver
 from pipeline.kernels.launch import Launcher, in_context
 from pipeline.layer.base import ALIGNMENT_BYTES, Place
-from pipeline.pages import touched_memory
+from pipeline.pages import Pages
 from pipeline.rows import DeviceRows
 
 
@@ -50,10 +50,11 @@ class CudaMemory:
         self._device[address] = n_bytes
         return address
 
-    def pinned(self, n_bytes: int) -> HostArray:
-        """New host memory for copies. Touching it with several threads and pinning it then is several times faster than
-        having the driver allocate it (docs/notes/start.md)."""
-        memory = touched_memory(max(1, n_bytes))
+    def pinned(self, n_bytes: int, touch: Callable[[HostArray], None]) -> HostArray:
+        """New host memory for copies. Pinning pages that are there is several times faster than having the driver
+        allocate them, the more so where `touch` has them made by several threads (docs/notes/start.md)."""
+        memory = Pages.new(max(1, n_bytes)).memory
+        touch(memory)
         call("cuMemHostRegister", address_of(memory), memory.nbytes, driver().CU_MEMHOSTREGISTER_PORTABLE)
         self._pinned[address_of(memory)] = memory
         return memory[:n_bytes]

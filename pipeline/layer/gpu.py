@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -191,8 +192,12 @@ class GpuLayer(DeviceLayer):
 
     def _compute_with(self, layer: FusedLinear, chunk_rows: int) -> None:
         place, problem = self._place, self._problem
-        rows = place.upload_rows(layer.weight, "the weight")
-        self.kernel = describe(self._launcher, problem, chunk_rows, (rows.stride, rows.stride))
+        itemsize = problem.in_dtype.itemsize
+        stride = -(-problem.in_features * itemsize // ALIGNMENT_BYTES) * ALIGNMENT_BYTES // itemsize
+        with ThreadPoolExecutor(1) as pool:  # kernels are loaded, or compiled, while the weights are uploaded
+            kernel = pool.submit(describe, self._launcher, problem, chunk_rows, (stride, stride))
+            rows = place.upload_rows(layer.weight, "the weight")
+        self.kernel = kernel.result()
         weight = Matrix(rows.address, problem.out_features, problem.in_features, rows.stride)
         split, self._exact_count = split_weights(self._launcher, problem), 0
         if split is not None:
