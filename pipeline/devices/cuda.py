@@ -118,9 +118,7 @@ class CudaDevice(Device):
 
     @_on_this_gpu
     def pinned(self, n_bytes: int) -> HostArray:
-        return (
-            self._memory.pinned(n_bytes) if self.uploader is None else self._memory.pinned(n_bytes, self.uploader.touch)
-        )
+        return self._memory.pinned(n_bytes, touch if self.uploader is None else self.uploader.touch)
 
     @_on_this_gpu
     def free_pinned(self, memory: HostArray) -> None:
