@@ -39,6 +39,7 @@ KNOWN_ERRORS = {
     "stream-fp32-h200-1228: pinned to pinned, 1,024 rows": (0.20, None),
     "stream-gpus-h200: array to array, wire_dtype bf16, 1 GPU": (-0.12, -0.12),  # 16 workers on 32 cores
     "stream-file-h200: file to pinned, .npy to pinned": (-0.12, -0.12),
+    "stream-as-it-comes-h200: array to fresh": (-0.19, -0.19),  # 26.7 GB/s there, 20 to 25 in older records
     "stream-shapes-h200: 1024 -> 8192, array to array, ordinary memory": (0.16, None),
     "stream-shapes-h200: 512 -> 512, array to array, ordinary memory": (0.14, 0.07),
 }
