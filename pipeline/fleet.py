@@ -69,6 +69,7 @@ class Fleet:
         self._workers: Workers | None = None  # shared by all devices without workers of their own
         self._devices: list[Device] = []
         self._opening: Future[None] | None = None
+        self._opened_as: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
         self._pid = os.getpid()
 
     @property
@@ -104,6 +105,7 @@ class Fleet:
 
     def _open_now(self, opening: Future[None], layer: Layer) -> None:
         try:
+            before = layer.state()
             try:
                 self._open(layer)
             except DeviceMemoryError:
@@ -115,6 +117,7 @@ class Fleet:
             self._close_devices()
             opening.set_exception(error)
         else:
+            self._opened_as = before, layer.state()
             opening.set_result(None)
 
     def _open(self, layer: Layer) -> None:
@@ -143,10 +146,19 @@ class Fleet:
                 assignment = Assignment(on_wire, self.wire_out, self.chunk_rows, self.options.streams)
             self.stations.append(Station(device, workers, assignment, self.staging))
 
-    @property
-    def is_slow_to_open(self) -> bool:
-        """Whether a device of it has memory of its own: contexts, pinned rings and weights take a while."""
-        return any(device.has_bus for device in self._devices)
+    def state_to_keep(self) -> tuple[Any, ...] | None:
+        """The layer's state that the devices have. Waits until opening has ended.
+
+        None where keeping them open doesn't pay, since none has memory of its own, where they aren't open, and where
+        the layer was changed while they were opened.
+        """
+        if self._opening is not None:
+            uninterrupted(functools.partial(wait, [self._opening]))
+        if self._opened_as is None or not any(device.has_bus for device in self._devices):
+            return None
+        before, after = self._opened_as
+        same = len(before) == len(after) and all(a is b for a, b in zip(before, after, strict=True))
+        return before if same else None
 
     @property
     def forked(self) -> bool:

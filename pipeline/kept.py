@@ -76,7 +76,6 @@ class KeptFleets:
         interrupt or an error of a device."""
         values = options.as_keywords()
         key = tuple(_hashable(values[name]) for name in PIPELINE_OPTIONS), environment()
-        state = layer.state() if isinstance(layer, Layer) else ()
         fleet = self._take(layer, key) or Fleet(layer, options, self.release)
         usable = False
         try:
@@ -85,10 +84,10 @@ class KeptFleets:
         except DeviceError:
             raise
         except Exception:
-            usable = bool(fleet.stations)
+            usable = True
             raise
         finally:
-            if not (usable and self._keep(_Kept(fleet, self._watched(layer), state, key, 0.0))):
+            if not (usable and self._keep(fleet, layer, key)):
                 fleet.close()
 
     def release(self) -> bool:
@@ -106,19 +105,19 @@ class KeptFleets:
                     return one.fleet
         return None
 
-    def _keep(self, one: _Kept) -> bool:
+    def _keep(self, fleet: Fleet, layer: Layer, key: Hashable) -> bool:
         """Whether it is kept: a fleet that opens at once isn't, nor one that takes more than the bounds alone."""
-        if (
-            not one.fleet.is_slow_to_open
-            or one.pinned_bytes > MOST_PINNED_BYTES
-            or one.device_bytes > MOST_DEVICE_BYTES
-        ):
+        state = fleet.state_to_keep()
+        if state is None:
             return False
-        one.until_s = time.monotonic() + self._idle_s
+        one = _Kept(fleet, self._watched(layer), state, key, time.monotonic() + self._idle_s)
+        if one.pinned_bytes > MOST_PINNED_BYTES or one.device_bytes > MOST_DEVICE_BYTES:
+            return False
         with self._lock:
+            if not self._start_keeper():
+                return False
             self._kept.append(one)
             over = self._over_the_bounds()
-            self._start_keeper()
         self._close(over)
         return True
 
@@ -148,11 +147,16 @@ class KeptFleets:
         wake = self._wake
         return weakref.ref(layer, lambda _: wake.put(None))
 
-    def _start_keeper(self) -> None:
-        """Called with the lock held."""
+    def _start_keeper(self) -> bool:
+        """Whether a thread watches what is kept. Called with the lock held."""
         if self._keeper is None:
-            self._keeper = threading.Thread(target=self._watch, name="pipeline-keeper", daemon=True)
-            self._keeper.start()
+            keeper = threading.Thread(target=self._watch, name="pipeline-keeper", daemon=True)
+            try:
+                keeper.start()
+            except RuntimeError:  # the system gives no thread: nothing would ever close what is kept
+                return False
+            self._keeper = keeper
+        return True
 
     def _watch(self) -> None:
         """Closes what has been idle for too long or whose layer has died, until nothing is kept."""

@@ -115,9 +115,75 @@ def test_another_layer_and_a_changed_one_get_their_own(opened: list[Bus]) -> Non
     run(layer)
     layer.epilogue = SigmoidScaleResidual(0.5)
     run(layer)
-    layer.weight = layer.weight + 1
-    run(layer)
-    assert len(opened) == 5
+    assert len(opened) == 4
+
+
+def test_weights_that_are_set_anew_are_refused() -> None:
+    """Copies on devices would be the old ones."""
+    layer = random_layer(12, 7)
+    for name in ("weight", "bias", "precision", "dtype", "in_features"):
+        with pytest.raises(AttributeError, match=f"{name} can't be set.*make a new FusedLinear"):
+            setattr(layer, name, getattr(layer, name))
+
+
+def test_half_open_devices_are_not_kept(opened: list[Bus], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One device is open, the other one isn't yet when the run fails, and then lacks memory."""
+    failed, first = threading.Event(), threading.Event()
+
+    def open_device(name: str) -> Bus:
+        if first.is_set():
+            assert failed.wait(20)
+            raise DeviceMemoryError("planned")
+        first.set()
+        return Bus()
+
+    def fail(*_: Any) -> Any:
+        assert first.wait(20)
+        failed.set()
+        raise PlannedError
+
+    monkeypatch.setattr("pipeline.fleet.open_device", open_device)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.run.open_source", fail)
+        with pytest.raises(PlannedError):
+            run_pipelined(LAYER, X, devices=["cpu", "sim"], chunk_rows=16)
+    assert opened[0].closed and not kept.KEPT.release()
+    monkeypatch.setattr("pipeline.fleet.open_device", lambda name: Bus())
+    run()
+
+
+def test_layer_that_changes_while_devices_are_opened_is_not_kept(
+    opened: list[Bus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = random_layer(12, 7, seed=4)
+    before = layer.epilogue
+
+    def open_device(name: str) -> Bus:
+        layer.epilogue = SigmoidScaleResidual(100.0)
+        return Bus()
+
+    monkeypatch.setattr("pipeline.fleet.open_device", open_device)
+    run_pipelined(layer, X, devices="cpu", chunk_rows=16)
+    layer.epilogue = before
+    monkeypatch.setattr("pipeline.fleet.open_device", lambda name: Bus())
+    assert_same_bits(run_pipelined(layer, X, devices="cpu", chunk_rows=16).out, layer(X))
+
+
+def test_nothing_is_kept_where_no_thread_can_watch_it(opened: list[Bus], monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "pipeline-keeper":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        run()
+    assert opened[0].closed
+    run()
+    run()
+    assert len(opened) == 2, "kept again"
 
 
 def test_layer_that_dies_takes_its_devices_along(opened: list[Bus]) -> None:

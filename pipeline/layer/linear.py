@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pipeline.kernels.launch import PreparedLaunch
     from pipeline.layer.gpu import ScratchLaunch, TensorWeights
 
+_FIXED = ("weight", "bias", "dtype", "precision", "in_features", "out_features")  # once a layer is made
 _MAX_LAUNCHES = 1024  # prepared ones that a layer keeps
 
 
@@ -73,11 +74,10 @@ class FusedLinear(Layer):
         check_weights(shape_of(weight, "weight", expected), None if bias is None else shape_of(bias, "bias", expected))
         self._epilogue = _chosen_epilogue(scaling_factor, epilogue)
         self.weight, dtype = _own_weights(weight, "weight")
-        self.bias: HostArray | None = None
-        if bias is not None:
-            self.bias, bias_dtype = _own_weights(bias, "bias")
-            if bias_dtype is not dtype:
-                raise DTypeError(f"bias is {bias_dtype}, the weight is {dtype}: convert one of them")
+        own_bias, bias_dtype = (None, dtype) if bias is None else _own_weights(bias, "bias")
+        self.bias: HostArray | None = own_bias
+        if bias_dtype is not dtype:
+            raise DTypeError(f"bias is {bias_dtype}, the weight is {dtype}: convert one of them")
         out_features, in_features = self.weight.shape
         super().__init__(in_features, out_features, dtype, precision)
         self.epilogue.check(out_features)
@@ -92,6 +92,13 @@ class FusedLinear(Layer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise AttributeError(
+                f"a FusedLinear's {name} can't be set, since devices hold copies of its weights; make a new FusedLinear"
+            )
+        super().__setattr__(name, value)
 
     def __repr__(self) -> str:
         epilogue = self.epilogue
@@ -185,9 +192,9 @@ class FusedLinear(Layer):
     def rounded_to(self, dtype: DType, narrow: Callable[[HostArray], HostArray]) -> FusedLinear:
         """The same layer with weight and bias in another element type; `narrow` rounds an array to its carrier."""
         other = copy.copy(self)
-        other.weight = narrow(self.weight)
-        other.bias = None if self.bias is None else narrow(self.bias[None])[0]
-        other.dtype, other.precision = dtype, parse_precision(None, dtype)
+        bias = None if self.bias is None else narrow(self.bias[None])[0]
+        precision = parse_precision(None, dtype)
+        other.__dict__.update(weight=narrow(self.weight), bias=bias, dtype=dtype, precision=precision)
         return other
 
     def reference(self, x: Any) -> npt.NDArray[np.float64]:
