@@ -46,7 +46,8 @@ def run_command(action: Callable[[argparse.Namespace], int], args: argparse.Name
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             status = action(args)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None where it was closed before the process began
+                sys.stdout.flush()
             return status
     except BrokenPipeError:  # the reader of our output has gone; Python's own flush at exit would complain again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -111,6 +111,7 @@ class AtomicFile:
             OutputError: the system refused.
         """
         self.sync()
+        self._check_name()
         try:
             if self._overwrite:
                 os.replace(self.partial, self.path)
@@ -128,6 +129,20 @@ class AtomicFile:
         self.leave()
         return self.path
 
+    def _is_ours(self) -> bool:
+        """Whether the partial file's name is still that of the open file."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), os.lstat(self.partial))
+        except FileNotFoundError:
+            return False
+
+    def _check_name(self) -> None:
+        if not self._is_ours():
+            raise OutputError(
+                f"{self.partial} was removed or replaced while it was written, so {self.path} can't be made of it; let "
+                f"nothing else write to it, and start again"
+            )
+
     def abort(self) -> None:
         """Remove the file, unless it is complete or was left. Safe to call at any time."""
         if self.fd < 0:
@@ -135,7 +150,8 @@ class AtomicFile:
         try:
             self._end_reservation()
             if not self._keep:
-                self.partial.unlink(missing_ok=True)
+                if self._is_ours():  # somebody else's file may have its name
+                    self.partial.unlink(missing_ok=True)
                 if not os.fstat(self.fd).st_nlink:
                     os.ftruncate(self.fd, 0)  # an error's traceback may keep the file mapped, and so its room taken
         finally:

@@ -120,3 +120,10 @@ def test_process_starts_gpus_before_it_imports_numpy(command: str) -> None:
     code += f"shell.start_gpus = demo.start_gpus = stop\nmain({[*words, '--devices', 'cuda:3']!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "['cuda:3'] False\n", done.stderr
+
+
+def test_run_with_standard_output_closed_succeeds(tmp_path: Path) -> None:
+    files = Files(tmp_path)
+    command = [sys.executable, "-m", "pipeline", *files.args()]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=90, preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr) == (0, "") and files.out.exists()

@@ -302,3 +302,19 @@ def test_sink_does_not_go_on_with_the_file_of_another_shape(tmp_path: Path) -> N
         with pytest.raises(OutputError, match=r"y\.npy\.partial has 1128 bytes, expected 1328"):
             open_sink(tmp_path / "y.npy", SinkRequest(source, OUT + 1, FLOAT32, FLOAT32, reopen=True))
     assert (tmp_path / "y.npy.partial").read_bytes() == before
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_file_whose_name_was_taken_is_neither_published_nor_removed(replaced: bool, tmp_path: Path) -> None:
+    path, partial = tmp_path / "y.npy", tmp_path / "y.npy.partial"
+
+    def take_the_name(progress: Any) -> None:
+        partial.unlink(missing_ok=True)
+        if replaced:
+            partial.write_bytes(b"another's")
+
+    with nothing_left_behind(), open_pipeline() as pipeline:
+        with pytest.raises(OutputError, match=r"y\.npy\.partial was removed or replaced while it was written"):
+            pipeline.run(X, path, progress=take_the_name)
+    assert not path.exists() and partial.exists() == replaced
+    assert not replaced or partial.read_bytes() == b"another's"
